@@ -1,0 +1,71 @@
+"""Values that cross process boundaries. A leaf: imports neither torch, ray nor fastapi."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+NO_LOGPROBS = -1
+"""`SamplingParams.logprobs` of a row that wants none (0 means: the sampled token's only)."""
+
+
+class FinishReason(enum.IntEnum):
+    """Why the engine ended a row. Stop *strings* are the gateway's: it cancels the row instead."""
+
+    LENGTH = 1  # max_tokens or max_model_len reached
+    STOP = 2  # an end-of-sequence or stop token id was sampled; it is the row's last token
+
+
+class SamplingParams(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """How one choice is sampled (C3). Validated by the gateway; the engine trusts the ranges.
+
+    Token ids are below the card's `tokenizer_size`. Fields are only ever appended: the struct is
+    encoded as an array and crosses versions (C22).
+    """
+
+    temperature: float = 1.0  # 0 = argmax
+    top_p: float = 1.0  # 0 = argmax, 1 = off
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0  # 0 = off
+    frequency_penalty: float = 0.0  # over output tokens only
+    presence_penalty: float = 0.0  # over output tokens only
+    repetition_penalty: float = 1.0  # over prompt and output, multiplicative, 1 = off
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0  # uint64; drawn by the gateway when the client gave none (C1)
+    choice: int = 0  # index of the choice in its request: part of the noise counter (C3)
+    max_tokens: int = 16  # output tokens, resume ids included; >= 1
+    min_tokens: int = 0  # end-of-sequence and stop ids are masked before this many
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int = NO_LOGPROBS  # 0..20 alternatives beside the sampled token
+    allowed_token_ids: tuple[int, ...] | None = None
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica says about itself in `hello` (C23). Encoded as a map: fields may be added."""
+
+    fingerprint: str  # hex; the resume domain (C4)
+    model: str  # served model name
+    max_model_len: int  # prompt and output tokens together
+    max_num_seqs: int
+    logits_size: int
+    tokenizer_size: int  # ids >= this are masked before sampling
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    block_size: int
+    determinism: str  # "exact" | "approximate"
+    assets: dict[str, str]  # file name -> sha256 hex
+    created: int = 0  # unix seconds; of the weights, equal on every replica
+    adapters: tuple[str, ...] = ()
+    dtype: str = ""
+
+
+class RankState(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank of a gang as `/progressz` shows it."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    age_s: float  # since that rank last made progress, on the replica's clock
