@@ -1,0 +1,113 @@
+"""Plain torch on any device: short, slow and obviously right. The oracle by tolerance, never by bits (C4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from models.batch import Batch
+from models.ops.kernels import LayerKV, PackedLinear
+
+
+class ReferenceKernels:
+    """Key and value layout: [num_blocks, block_size, num_kv_heads, head_size]."""
+
+    name = "reference"
+    is_exact = False
+
+    def __init__(self, activation_dtype: torch.dtype = torch.float32) -> None:
+        self.activation_dtype = activation_dtype
+        # Sums run in fp32 at least; a float64 instance is the oracle of the other two.
+        self._wide = torch.promote_types(activation_dtype, torch.float32)
+
+    def pack(self, weight: torch.Tensor) -> PackedLinear:
+        out_features, in_features = weight.shape
+        return PackedLinear(weight.to(self.activation_dtype), out_features, in_features, weight.dtype)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: PackedLinear,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        out = F.linear(x, weight.data, None if bias is None else bias.to(x.dtype))
+        return out if residual is None else residual.add_(out)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.to(self._wide)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (wide * scale * weight.to(self._wide)).to(self.activation_dtype)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.to(self._wide).chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(self.activation_dtype)
+
+    def allocate_kv(
+        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
+    ) -> list[LayerKV]:
+        shape = (num_blocks, block_size, num_kv_heads, head_size)
+        return [LayerKV(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(num_layers)]
+
+    def rope_store(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor | None,
+        kv: LayerKV,
+        slot_mapping: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+    ) -> torch.Tensor:
+        heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_size)
+        q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        if cos_sin is not None:
+            angles = cos_sin[positions.long()].to(self._wide).unsqueeze(1)
+            q, k = self._rotate(q, angles), self._rotate(k, angles)
+        slots = slot_mapping.long()
+        kv.key.view(-1, num_kv_heads, head_size)[slots] = k.to(kv.key.dtype)
+        kv.value.view(-1, num_kv_heads, head_size)[slots] = v.to(kv.value.dtype)
+        return q.to(self.activation_dtype).reshape(len(qkv), num_heads * head_size)
+
+    def _rotate(self, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        cos, sin = angles.chunk(2, dim=-1)
+        half = cos.shape[-1]
+        x = x.to(self._wide)
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        batch: Batch,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        scale: float,
+        window: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wide, group = self._wide, num_heads // num_kv_heads
+        out = torch.zeros(len(q), num_heads, head_size, dtype=wide, device=q.device)
+        lse = torch.full((len(q), num_heads), -torch.inf, dtype=wide, device=q.device)
+        block_size = kv.key.shape[1]
+        starts, seq_lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+        for row, seq_len in enumerate(seq_lens):
+            start, end = starts[row], starts[row + 1]
+            if start == end:
+                continue
+            blocks = batch.block_table[row, : -(-seq_len // block_size)].long()
+            keys = kv.key[blocks].flatten(0, 1)[:seq_len].to(wide).repeat_interleave(group, dim=1)
+            values = kv.value[blocks].flatten(0, 1)[:seq_len].to(wide).repeat_interleave(group, dim=1)
+            queries = q[start:end].to(wide).view(-1, num_heads, head_size)
+            scores = torch.einsum("qhd,khd->qhk", queries, keys) * scale
+            query_pos = torch.arange(seq_len - (end - start), seq_len, device=q.device).view(-1, 1, 1)
+            key_pos = torch.arange(seq_len, device=q.device)
+            hidden = key_pos > query_pos
+            if window:
+                hidden |= key_pos <= query_pos - window
+            scores = scores.masked_fill(hidden, -torch.inf)
+            lse[start:end] = torch.logsumexp(scores, dim=-1)
+            out[start:end] = torch.einsum("qhk,khd->qhd", torch.softmax(scores, dim=-1), values)
+        return out.flatten(1).to(self.activation_dtype), lse.float()

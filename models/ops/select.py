@@ -1,0 +1,30 @@
+"""Which kernels serve a device."""
+
+from __future__ import annotations
+
+import torch
+
+from models.ops.kernels import Kernels
+from models.ops.reference import ReferenceKernels
+
+KINDS = ("auto", "cpu", "tiled", "reference")
+
+
+def select_kernels(device: torch.device, dtype: torch.dtype, kind: str = "auto") -> Kernels:
+    """The kernels of `kind` for weights of `dtype`; `auto` is the fastest exact set that runs here.
+
+    Raises ValueError for an unknown kind or one that cannot serve `device`.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kernels must be one of {', '.join(KINDS)}; got {kind!r}")
+    if kind in ("auto", "reference"):
+        is_cpu_narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+        return ReferenceKernels(torch.float32 if is_cpu_narrow else dtype)
+    raise ValueError(f"kernels {kind!r} are not available on device {device.type!r}")
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Threads of torch and of our own kernels. Raises ValueError below 1."""
+    if num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1; got {num_threads}")
+    torch.set_num_threads(num_threads)
