@@ -1,0 +1,88 @@
+"""Whether a folder is a model in Hugging Face layout that is safe to load (C12)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models.store.errors import StoreError
+from models.store.files import read_json
+from models.store.safetensors_file import check_header
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+MAX_SHARDS = 4096
+
+
+def check_folder(folder: Path) -> None:
+    """Raises StoreError, with the reason and the way out, unless the engine may load `folder`.
+
+    Wanted: config.json, tokenizer.json, safetensors weights (whole or sharded) with sound headers. Refused:
+    weights in pickle formats, remote code, links out of the folder. Files that nobody loads are not looked at.
+    """
+    if not folder.is_dir():
+        raise StoreError(f"{folder}: not a folder")
+    for path in folder.iterdir():
+        if path.is_symlink():
+            _check_link(folder, path)
+    for name in ("config.json", "tokenizer_config.json"):
+        if name != "config.json" and not (folder / name).exists():
+            continue
+        if "auto_map" in read_json(folder / name):
+            raise StoreError(
+                f"{folder.name}/{name} asks for code of its own ('auto_map'), which is never run; "
+                "use a model whose architecture is supported and whose folder carries no code"
+            )
+    model_type = read_json(folder / "config.json").get("model_type")
+    if not isinstance(model_type, str) or not model_type.isidentifier():
+        raise StoreError(f"{folder.name}/config.json has no usable 'model_type' (it is {model_type!r})")
+    if not (folder / "tokenizer.json").is_file():
+        raise StoreError(
+            f"{folder.name}/tokenizer.json is missing; load the tokenizer with transformers' AutoTokenizer and "
+            "save it into the folder with save_pretrained()"
+        )
+    _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    if (folder / INDEX).exists():
+        _check_shards(folder)
+    elif (folder / WEIGHTS).is_file():
+        check_header(folder / WEIGHTS)
+    else:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise StoreError(
+                f"{folder.name}: the weights are in {pickles[0]!r}, a pickle, which can run code and is never "
+                "loaded; save the model again with safe_serialization=True"
+            )
+        raise StoreError(f"{folder.name}: there is neither {WEIGHTS} nor {INDEX}")
+
+
+def _check_shards(folder: Path) -> None:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise StoreError(f"{folder.name}/{INDEX} has no 'weight_map'")
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise StoreError(f"{folder.name}/{INDEX} puts {tensor!r} into {shard!r}, not a safetensors file beside it")
+        shards.setdefault(shard, set()).add(tensor)
+    if len(shards) > MAX_SHARDS:
+        raise StoreError(f"{folder.name}/{INDEX} names {len(shards)} shards; at most {MAX_SHARDS} are allowed")
+    for shard, tensors in sorted(shards.items()):
+        if not (folder / shard).is_file():
+            raise StoreError(f"{folder.name}: the shard {shard!r} is missing; fetch it again")
+        different = tensors ^ set(check_header(folder / shard))
+        if different:
+            raise StoreError(f"{folder.name}: {INDEX} and {shard!r} disagree about {min(different)!r}")
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """A link may point into the folder, or, in a hub cache (snapshots/<revision>/), at that repository's blobs."""
+    target = path.resolve()
+    allowed = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        allowed.append(folder.resolve().parent.parent / "blobs")
+    if not any(target.is_relative_to(parent) for parent in allowed):
+        raise StoreError(f"{folder.name}/{path.name} is a link out of the folder; put the file itself there")

