@@ -1,0 +1,85 @@
+"""The scheduler's rows: one slot per running request, as a structure of arrays.
+
+    tokens      | prompt ........ | outputs known | outputs in flight |
+                0           num_done <= num_computed <= num_tokens <= max_total
+                            |        |
+                            |        handed out to steps
+                            computed in completed steps
+
+Per-step work on these arrays is vectorised; the `Request` objects are touched only when a row
+enters, leaves or fills a block.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from serving.engine.request import Int32Array, Request
+
+MAX_STOP_IDS = 64
+"""Stop and end-of-sequence ids per row; the gateway's schema keeps a request below it."""
+
+_NO_TOKEN = -1
+
+
+class Rows:
+    """Numbers of up to `num_slots` rows of up to `max_len` tokens. Memory is touched as rows grow."""
+
+    def __init__(self, num_slots: int, max_len: int) -> None:
+        self.num_slots = num_slots
+        self.tokens: Int32Array = np.zeros((num_slots, max_len), np.int32)
+        self.num_tokens = _int32(num_slots)
+        self.num_computed = _int32(num_slots)
+        self.num_done = _int32(num_slots)
+        self.max_total = _int32(num_slots)
+        self.num_blocks = _int32(num_slots)
+        self.num_sent_blocks = _int32(num_slots)  # block table entries that the ranks know
+        self.num_committed_blocks = _int32(num_slots)
+        self.num_in_flight = _int32(num_slots)  # unfinished steps that touch the row
+        self.is_live: npt.NDArray[np.bool_] = np.zeros(num_slots, np.bool_)  # its outputs have a reader
+        self.is_leaving: npt.NDArray[np.bool_] = np.zeros(num_slots, np.bool_)  # gone after its last step in flight
+        self.connection = _int32(num_slots)
+        self.handle: npt.NDArray[np.uint32] = np.zeros(num_slots, np.uint32)
+        self.rank: npt.NDArray[np.int64] = np.zeros(num_slots, np.int64)  # smaller is served first
+        self.stop_ids: Int32Array = np.full((num_slots, 1), _NO_TOKEN, np.int32)
+        self.requests: list[Request | None] = [None] * num_slots
+
+    def enter(self, slot: int, request: Request, num_cached: int) -> None:
+        """Fill `slot` from `request`, whose first `num_cached` tokens are already in the cache."""
+        num_tokens = len(request.tokens)
+        self.tokens[slot, :num_tokens] = request.tokens
+        self.num_tokens[slot] = num_tokens
+        self.num_computed[slot] = self.num_done[slot] = num_cached
+        self.max_total[slot] = request.max_total
+        self.num_blocks[slot] = len(request.blocks)
+        self.num_sent_blocks[slot] = 0
+        self.num_in_flight[slot] = 0
+        self.is_live[slot] = True
+        self.is_leaving[slot] = False
+        self.rank[slot] = rank(request)
+        self.bind(slot, request)
+        self._set_stop_ids(slot, request.stop_ids)
+        self.requests[slot] = request
+
+    def bind(self, slot: int, request: Request) -> None:
+        """Outputs of `slot` go to the request's present key."""
+        self.connection[slot], self.handle[slot] = request.key
+
+    def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...]) -> None:
+        width = self.stop_ids.shape[1]
+        if len(stop_ids) > width:  # rare: most rows have the model's one or two
+            grown = np.full((self.num_slots, len(stop_ids)), _NO_TOKEN, np.int32)
+            grown[:, :width] = self.stop_ids
+            self.stop_ids = grown
+        self.stop_ids[slot] = _NO_TOKEN
+        self.stop_ids[slot, : len(stop_ids)] = stop_ids
+
+
+def rank(request: Request) -> int:
+    """Order of service: priority, then arrival. Preemption goes through it backwards."""
+    return -(request.priority << 40) + request.sequence
+
+
+def _int32(count: int) -> Int32Array:
+    return np.zeros(count, np.int32)
