@@ -1,8 +1,25 @@
-"""Frozen settings; the only reader of os.environ, YAML files and flags (C16)."""
+"""Frozen settings; the only reader of os.environ, YAML files and flags (C16).
+
+What was *asked* (`ServeSettings`) is kept apart from what was found at start (serving/found.py). A setting
+has one name everywhere: `max_num_seqs` in a YAML file, `ARGOSY_MAX_NUM_SEQS` in the environment and
+`--max-num-seqs` on the command line. Flags win over the environment, the environment over the file,
+the file over the defaults below.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from serving.errors import SettingsError
+
+ENVIRONMENT_PREFIX: Final = "ARGOSY_"
+DEFAULT_MODEL: Final = "smollm2-135m-instruct"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,3 +56,267 @@ class GatewaySettings:
     request_timeout_s: float = 600.0
     max_body_bytes: int = 2 << 20
     cache_dir: str = ""  # assets fetched from replicas, by hash (C23)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """Everything that was asked of `argosy serve`."""
+
+    model: str = DEFAULT_MODEL  # alias, folder, GGUF file or hub id
+    served_model_name: str = ""  # "" = derived from `model`
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0 = any free port
+    runtime: str = "ray"  # ray | local
+    replicas: int = 1
+    gateways: int = 1
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    drain_timeout_s: float = 30.0  # how long a replica that leaves waits for its rows to move (C19)
+    store: str = ""  # where `argosy pull` keeps models; "" = the user's cache folder
+    engine: EngineSettings = dataclasses.field(
+        default_factory=lambda: EngineSettings(model_dir="", served_model_name="")
+    )
+    gateway: GatewaySettings = dataclasses.field(default_factory=lambda: GatewaySettings(fd=-1))
+
+
+# --- the one table of settings ----------------------------------------------------------------
+
+_INTERNAL: Final = {
+    EngineSettings: {"model_dir", "served_model_name"},
+    GatewaySettings: {"fd", "replicas", "directory_url", "secret", "name", "served_model_name", "cache_dir"},
+    ServeSettings: {"engine", "gateway"},
+}
+"""Fields that the supervisor fills in; nobody asks for them."""
+
+_CHOICES: Final = {
+    "runtime": ("ray", "local"),
+    "dtype": ("bfloat16", "float32"),
+    "device": ("cpu", "cuda"),
+}
+
+_RANGES: Final[dict[str, tuple[float, float]]] = {
+    "port": (0, 65535),
+    "replicas": (1, 64),
+    "gateways": (1, 64),
+    "tensor_parallel_size": (1, 64),
+    "pipeline_parallel_size": (1, 64),
+    "drain_timeout_s": (0, 3600),
+    "max_model_len": (1, 1 << 24),
+    "max_num_seqs": (1, 4096),
+    "max_num_batched_tokens": (1, 1 << 20),
+    "kv_cache_bytes": (1 << 20, 1 << 44),
+    "block_size": (16, 16),
+    "seed": (0, (1 << 63) - 1),
+    "num_threads": (1, 1024),
+    "async_depth": (0, 1),
+    "max_queue_len": (1, 1_000_000),
+    "queue_timeout_s": (0, 3600),
+    "request_timeout_s": (1, 86400),
+    "max_body_bytes": (1 << 10, 1 << 30),
+}
+
+_LATER: Final = {
+    "gateways": "several gateway processes",
+    "tensor_parallel_size": "tensor parallelism",
+    "pipeline_parallel_size": "pipeline parallelism",
+}
+"""Settings that exist, whose values above 1 are refused until their feature does."""
+
+_UNITS: Final = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS: Final = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+
+
+def parse_bytes(text: str) -> int:
+    """ "512MiB", "2GiB", "1.5G" or "1048576" as a number of bytes. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if match is None:
+        raise ValueError("expected a size such as 512MiB or 2GiB")
+    unit = match.group(2) or ""
+    return int(float(match.group(1)) * (_BINARY_UNITS | _UNITS)[unit])
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("expected true or false")
+
+
+def _parse_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("expected a whole number") from None
+
+
+def _parse_float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("expected a number") from None
+
+
+def _parser(key: str, annotation: str) -> Callable[[str], Any]:
+    if key.endswith("_bytes"):
+        return parse_bytes
+    return {"int": _parse_int, "float": _parse_float, "bool": _parse_bool}.get(
+        annotation.removesuffix(" | None"), str.strip
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Option:
+    section: type
+    parse: Callable[[str], Any]
+    is_optional: bool
+
+
+OPTIONS: Final[dict[str, _Option]] = {
+    field.name: _Option(section, _parser(field.name, str(field.type)), "None" in str(field.type))
+    for section in (ServeSettings, EngineSettings, GatewaySettings)
+    for field in dataclasses.fields(section)
+    if field.name not in _INTERNAL[section]
+}
+"""Every setting by its one name."""
+
+
+def _value(key: str, given: object, origin: str) -> Any:
+    """`given` as the option's type and within its bounds. Raises SettingsError naming `origin`."""
+    option = OPTIONS[key]
+    if given is None:
+        if option.is_optional:
+            return None
+        raise SettingsError(f"{origin}: a value is missing")
+    if not isinstance(given, str | int | float | bool):
+        raise SettingsError(f"{origin}: expected one value, not a {type(given).__name__}")
+    if isinstance(given, bool) and option.parse is not _parse_bool:
+        raise SettingsError(f"{origin}: expected a value, not {str(given).lower()}")
+    try:
+        value = option.parse(str(given))
+    except ValueError as error:
+        raise SettingsError(f"{origin}: {error}, not {str(given)!r}") from None
+    choices = _CHOICES.get(key)
+    if choices is not None and value not in choices:
+        raise SettingsError(f"{origin}: {value!r} is not one of {', '.join(choices)}")
+    low, high = _RANGES.get(key, (None, None))
+    if low is not None and high is not None and not low <= value <= high:
+        raise SettingsError(f"{origin}: {value:,} is outside {low:,} to {high:,}")
+    if key in _LATER and value > 1:
+        raise SettingsError(f"{origin}: {_LATER[key]} ({value}) comes with a later release; only 1 works today")
+    if key == "model" and not value:
+        raise SettingsError(f"{origin}: name a model, for example {DEFAULT_MODEL}")
+    return value
+
+
+def _refuse_unknown(key: str, origin: str, spell: Callable[[str], str]) -> None:
+    if key in OPTIONS:
+        return
+    near = difflib.get_close_matches(key, OPTIONS, n=1)
+    hint = f"; did you mean {spell(near[0])}?" if near else ""
+    raise SettingsError(f"{origin}: unknown setting{hint}")
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    """The file's mapping; keys may be spelled with dashes. Raises SettingsError."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"--config {path}: {error.strerror}") from None
+    try:
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {path}: not YAML: {error}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise SettingsError(f"--config {path}: expected `name: value` lines, not a {type(document).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in document.items()}
+
+
+_SERVICE_LINK: Final = re.compile(r"(.+_)?(SERVICE_(HOST|PORT)(_.+)?|PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)")
+"""Variables that Kubernetes adds to every pod for a Service named argosy or argosy-…"""
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in environ.items():
+        if not name.startswith(ENVIRONMENT_PREFIX):
+            continue
+        rest = name.removeprefix(ENVIRONMENT_PREFIX)
+        is_setting = rest.lower() in OPTIONS and not value.startswith("tcp://")
+        if is_setting or (rest != "CONFIG" and not _SERVICE_LINK.fullmatch(rest)):
+            found[rest.lower()] = value
+    return found
+
+
+def load(
+    flags: Mapping[str, object] | None = None,
+    *,
+    config: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> ServeSettings:
+    """Settings from flags > environment > YAML > defaults.
+
+    flags: by setting name; None = the flag was not given. config: the YAML file (`--config`, else
+    ARGOSY_CONFIG). environ: os.environ unless a test gives another.
+    Raises SettingsError naming the flag, variable or file, the limit and the given value.
+    """
+    environ = os.environ if environ is None else environ
+    if config is None and environ.get(ENVIRONMENT_PREFIX + "CONFIG"):
+        config = Path(environ[ENVIRONMENT_PREFIX + "CONFIG"])
+    values: dict[str, Any] = {}
+    if config is not None:
+        for key, given in _read_yaml(config).items():
+            origin = f"{config}: {key}"
+            _refuse_unknown(key, origin, str)
+            values[key] = _value(key, given, origin)
+    for key, text in _read_environment(environ).items():
+        origin = f"{ENVIRONMENT_PREFIX}{key.upper()}"
+        _refuse_unknown(key, origin, lambda near: ENVIRONMENT_PREFIX + near.upper())
+        values[key] = _value(key, text, origin)
+    for key, given in (flags or {}).items():
+        if given is not None:
+            origin = "--" + key.replace("_", "-")
+            _refuse_unknown(key, origin, lambda near: "--" + near.replace("_", "-"))
+            values[key] = _value(key, given, origin)
+    return _assemble(values, environ)
+
+
+def _assemble(values: dict[str, Any], environ: Mapping[str, str]) -> ServeSettings:
+    def part(section: type) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if OPTIONS[key].section is section}
+
+    serve = part(ServeSettings)
+    if not serve.get("store"):
+        cache = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME") or "~").expanduser() / ".cache")
+        serve["store"] = str(Path(cache) / "argosy")
+    model = str(serve.get("model", DEFAULT_MODEL))
+    name = serve.get("served_model_name") or derived_name(model)
+    serve["served_model_name"] = name
+    return ServeSettings(
+        **serve,
+        engine=EngineSettings(model_dir="", served_model_name=name, **part(EngineSettings)),
+        gateway=GatewaySettings(fd=-1, served_model_name=name, **part(GatewaySettings)),
+    )
+
+
+def derived_name(model: str) -> str:
+    """The served name of a model reference: a path's last part without .gguf, anything else as it is."""
+    is_path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).exists()
+    if not is_path:
+        return model
+    name = Path(model).expanduser().resolve().name
+    return name.removesuffix(".gguf") or model
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that we start: ours and `extra`."""
+    return {**os.environ, **extra}
+
+
+def set_environment(values: Mapping[str, str]) -> None:
+    """Settings of a library that reads only the environment (Ray), before it is imported."""
+    os.environ.update(values)
