@@ -1,0 +1,49 @@
+"""What a layer is made from: weights, kernels and its share of the work, scoped to a name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from models.checkpoint import WeightReader
+from models.ops.kernels import Kernels
+from models.parallel import Group
+from models.quant.method import LinearMethod, LinearWeight, WeightPart
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loader:
+    """Layers load in their constructor, so a layer that exists is a layer that is filled."""
+
+    reader: WeightReader
+    kernels: Kernels
+    method: LinearMethod
+    group: Group
+    dtype: torch.dtype  # of weights
+    device: torch.device
+    prefix: str = ""
+
+    def at(self, name: str) -> Loader:
+        """The same for the part of the model called `name` within this one."""
+        return dataclasses.replace(self, prefix=f"{self.prefix}{name}.")
+
+    def linear(self, parts: Sequence[WeightPart]) -> LinearWeight:
+        """Parts stacked along the outputs; their names are relative to this loader's prefix."""
+        scoped = [dataclasses.replace(part, name=self.prefix + part.name) for part in parts]
+        return self.method.load(self.reader, scoped)
+
+    def bias(self, parts: Sequence[WeightPart]) -> torch.Tensor:
+        """The biases that go with `linear(parts)`, in the activations' type."""
+        return torch.cat([self.vector(f"{part.name}.bias", part.shape[0], part.rows) for part in parts])
+
+    def vector(self, name: str, size: int, rows: range | None = None) -> torch.Tensor:
+        """A norm weight or bias, in the activations' type."""
+        read = self.reader.read(self.prefix + name, (size,), rows)
+        return read.to(device=self.device, dtype=self.kernels.activation_dtype, copy=True)
+
+    def table(self, name: str, shape: tuple[int, int], rows: range | None = None) -> torch.Tensor:
+        """A matrix that is indexed, not multiplied, in the weights' type."""
+        read = self.reader.read(self.prefix + name, shape, rows)
+        return read.to(device=self.device, dtype=self.dtype, copy=True)

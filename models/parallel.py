@@ -1,0 +1,124 @@
+"""Shares of the work: tensor-parallel groups and pipeline stages, always passed in (C11)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from models.config import ModelError
+
+
+class Transport(Protocol):
+    """Moves equal-shaped tensors among the ranks of a group."""
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's `x`, in rank order. The parts may be reused by the next call."""
+        ...
+
+    def all_reduce(self, x: torch.Tensor) -> None:
+        """Sum over the ranks, in place. Called with two ranks only."""
+        ...
+
+
+class DistributedTransport:
+    """torch.distributed's gloo or NCCL."""
+
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        self._process_group = process_group
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        parts = [torch.empty_like(x) for _ in range(self._process_group.size())]
+        dist.all_gather(parts, x, group=self._process_group)
+        return parts
+
+    def all_reduce(self, x: torch.Tensor) -> None:
+        dist.all_reduce(x, group=self._process_group)
+
+
+class Group:
+    """The tensor-parallel ranks of a replica. Size 1 needs no transport and moves nothing."""
+
+    def __init__(self, rank: int = 0, size: int = 1, transport: Transport | None = None) -> None:
+        if not 0 <= rank < size:
+            raise ValueError(f"rank must be from 0 to {size - 1}; got {rank}")
+        if size > 1 and transport is None:
+            raise ValueError(f"a group of {size} ranks needs a transport")
+        self.rank = rank
+        self.size = size
+        self._transport = transport
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum `x` over the ranks, in place; the same bits on every rank and in every run (C4).
+
+        Two addends commute. With more, a ring's order of additions depends on size and rank, so
+        the parts are gathered and summed in rank order.
+        """
+        if self._transport is None:
+            return x
+        if self.size == 2:
+            self._transport.all_reduce(x)
+            return x
+        return sum_in_order(self._transport.all_gather(x.contiguous()), out=x)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[M, N] of every rank -> [M, size * N], in rank order."""
+        if self._transport is None:
+            return x
+        return torch.cat(self._transport.all_gather(x.contiguous()), dim=-1)
+
+    def share(self, total: int) -> range:
+        """This rank's contiguous part of `total` items; parts differ by one at most."""
+        return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
+
+    def heads(self, num_heads: int, num_kv_heads: int) -> tuple[range, range]:
+        """This rank's query heads and the KV heads that they read.
+
+        With fewer KV heads than ranks, neighbouring ranks hold copies of one. Raises ModelError
+        when the heads cannot be divided evenly.
+        """
+        if num_heads % self.size:
+            raise ModelError(f"num_attention_heads {num_heads} cannot be divided among {self.size} ranks")
+        if num_kv_heads % self.size == 0:
+            return self.share(num_heads), self.share(num_kv_heads)
+        if self.size % num_kv_heads:
+            raise ModelError(f"num_key_value_heads {num_kv_heads} cannot be divided among {self.size} ranks")
+        kv_head = self.rank * num_kv_heads // self.size
+        return self.share(num_heads), range(kv_head, kv_head + 1)
+
+
+def sum_in_order(parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """((parts[0] + parts[1]) + parts[2]) + … into `out`, whatever rank computes it."""
+    torch.add(parts[0], parts[1], out=out)
+    for part in parts[2:]:
+        out.add_(part)
+    return out
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stages:
+    """This process's pipeline stage `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"stage index must be from 0 to {self.count - 1}; got {self.index}")
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+    def layers(self, num_layers: int) -> range:
+        """The global indices of this stage's layers. Raises ModelError when a stage would be empty."""
+        if num_layers < self.count:
+            raise ModelError(f"num_hidden_layers {num_layers} cannot be divided among {self.count} stages")
+        return range(num_layers * self.index // self.count, num_layers * (self.index + 1) // self.count)

@@ -1,0 +1,145 @@
+"""From a model folder to a model that computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from models.architectures.llama import LlamaForCausalLM
+from models.batch import Batch
+from models.checkpoint import Checkpoint, Progress, weight_files
+from models.config import ModelConfig, ModelError
+from models.kv_cache import KVCache
+from models.layers.loader import Loader
+from models.ops.kernels import Kernels
+from models.ops.select import select_kernels
+from models.parallel import Group, Stages
+from models.quant.unquantized import Unquantized
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+ARCHITECTURES = {"llama": LlamaForCausalLM}
+"""By Hugging Face `model_type`."""
+
+MANIFEST_FILE = "argosy.json"
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_SAMPLE_BYTES = 4096
+_NUM_SAMPLES = 64
+
+
+class CausalLM(Protocol):
+    """A decoder that predicts the next token: one rank's share of it."""
+
+    config: ModelConfig
+    kernels: Kernels
+    stages: Stages
+    logits_size: int
+    num_parameters: int  # of this pipeline stage, all tensor-parallel ranks together
+    weight_bytes: int  # that this rank reads in one decode step: linears, head and norms
+
+    def forward(self, batch: Batch, kv_cache: KVCache, hidden_in: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 logits [S, logits_size], or the residual stream [T, hidden] before the last stage."""
+        ...
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | str = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    kernels: Kernels | None = None,
+    group: Group | None = None,
+    stages: Stages | None = None,
+    max_model_len: int | None = None,
+    progress: Progress | None = None,
+) -> CausalLM:
+    """Load this rank's share of a model folder in Hugging Face layout (C12).
+
+    dtype: of the weights; a name or a torch type among DTYPES.
+    kernels: None = the fastest exact set for the device and type.
+    max_model_len: positions to be served; None = all that the model was trained for.
+    progress: told (bytes done, bytes in all).
+    Raises ModelError naming what is missing, wrong or not supported.
+    """
+    folder, device = Path(folder), torch.device(device)
+    weight_type = _weight_type(dtype)
+    config = ModelConfig.from_folder(folder)
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None:
+        raise ModelError(f"model_type {config.model_type!r} is not one of {', '.join(sorted(ARCHITECTURES))}")
+    limit = config.max_position_embeddings
+    if max_model_len is not None and not 1 <= max_model_len <= limit:
+        raise ModelError(f"max_model_len must be from 1 to the model's {limit} positions; got {max_model_len}")
+    kernels = kernels or select_kernels(device, weight_type)
+    method = Unquantized(kernels, weight_type, device)
+    with Checkpoint(folder, progress) as checkpoint:
+        loader = Loader(checkpoint, kernels, method, group or Group(), weight_type, device)
+        model = architecture(loader, config, stages or Stages(), max_model_len or limit)
+        checkpoint.finish()
+    return model
+
+
+def weights_fingerprint(folder: Path | str) -> str:
+    """Hex digest of what the folder computes, for the replica's fingerprint (C4).
+
+    Taken from the hashes in the store's manifest where there is one. Other folders are sampled: the
+    config, every file's name, size and safetensors header, and 64 pieces of its content. Raises
+    ModelError when the files are missing or not the manifest's.
+    """
+    folder = Path(folder)
+    files = [folder / "config.json", *weight_files(folder)]
+    digest = hashlib.blake2b(digest_size=16)
+    manifest = _manifest_entries(folder)
+    for path in files:
+        if not path.exists():
+            raise ModelError(f"{path.name} is missing in {folder}")
+        size = path.stat().st_size
+        if manifest is None:
+            content = _sampled_hash(path, size)
+        else:
+            content = _listed_hash(manifest, path, size)
+        digest.update(f"{path.name}\0{size}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _weight_type(dtype: torch.dtype | str) -> torch.dtype:
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    return found
+
+
+def _manifest_entries(folder: Path) -> dict[str, dict[str, object]] | None:
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        return None
+    try:
+        entries = json.loads(path.read_bytes())["files"]
+        return {name: dict(entry) for name, entry in entries.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{MANIFEST_FILE} holds no `files` object of names to hashes") from error
+
+
+def _listed_hash(manifest: dict[str, dict[str, object]], path: Path, size: int) -> str:
+    entry = manifest.get(path.name)
+    if entry is None:
+        raise ModelError(f"{path.name} is not listed in {MANIFEST_FILE}")
+    if entry.get("bytes") != size or not entry.get("sha256"):
+        raise ModelError(f"{path.name} has {size} bytes; {MANIFEST_FILE} says {entry.get('bytes')}")
+    return str(entry["sha256"])
+
+
+def _sampled_hash(path: Path, size: int) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            header_size = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header_size, _MAX_HEADER_BYTES)))
+        for i in range(_NUM_SAMPLES):
+            file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_NUM_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
