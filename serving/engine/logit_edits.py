@@ -16,13 +16,17 @@ from serving.types import SamplingParams
 FloatRow = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
+_LARGEST = np.finfo(np.float32).max
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # a repetition penalty that float32 would flush to 0 makes NaN
 
 
 def needs_edits(params: SamplingParams) -> bool:
     """Whether any step of a row with these parameters changes its logits."""
     return (
-        bool(params.logit_bias) or params.allowed_token_ids is not None or params.min_tokens > 0 or has_penalties(params)
+        bool(params.logit_bias)
+        or params.allowed_token_ids is not None
+        or params.min_tokens > 0
+        or has_penalties(params)
     )
 
 
@@ -33,7 +37,7 @@ def has_penalties(params: SamplingParams) -> bool:
 
 def _checked_ids(param: str, ids: Iterable[int] | npt.NDArray[np.int32], limit: int) -> Ids:
     array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
-    if array.size and not (0 <= array.min() and array.max() < limit):
+    if array.size and (array.min() < 0 or array.max() >= limit):
         bad = int(array[(array < 0) | (array >= limit)][0])
         raise ValueError(f"{param}: token id {bad} is not below the logits size of {limit}")
     return array
@@ -80,7 +84,8 @@ class _Penalties:
             values -= self._frequency * counts
         if self._presence != 0.0:
             values -= self._presence * (counts > 0)
-        row[ids] = values
+        # A small repetition penalty can overflow a large logit.
+        row[ids] = np.minimum(values, _LARGEST)
 
 
 class LogitEdits:
@@ -148,6 +153,4 @@ class LogitEdits:
             row[self._bias_ids] += self._bias
         if self._penalties is not None:
             self._penalties.apply(row)
-            # A small repetition penalty can overflow a large logit.
-            np.minimum(row, np.finfo(np.float32).max, out=row)
         return True
