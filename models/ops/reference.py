@@ -61,7 +61,7 @@ class ReferenceKernels:
         head_size: int,
     ) -> torch.Tensor:
         heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_size)
-        q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         if cos_sin is not None:
             angles = cos_sin[positions.long()].to(self._wide).unsqueeze(1)
             q, k = self._rotate(q, angles), self._rotate(k, angles)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from models.ops.cpu import CpuKernels, load_extension
 from models.ops.kernels import Kernels
 from models.ops.reference import ReferenceKernels
 
@@ -17,6 +18,8 @@ def select_kernels(device: torch.device, dtype: torch.dtype, kind: str = "auto")
     """
     if kind not in KINDS:
         raise ValueError(f"kernels must be one of {', '.join(KINDS)}; got {kind!r}")
+    if device.type == "cpu" and (kind == "cpu" or (kind == "auto" and load_extension() is not None)):
+        return CpuKernels()
     if kind in ("auto", "reference"):
         is_cpu_narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
         return ReferenceKernels(torch.float32 if is_cpu_narrow else dtype)
@@ -28,3 +31,6 @@ def set_num_threads(num_threads: int) -> None:
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1; got {num_threads}")
     torch.set_num_threads(num_threads)
+    extension = load_extension()
+    if extension is not None:
+        extension.set_num_threads(num_threads)

@@ -1,0 +1,274 @@
+"""Our CPU kernels: fp32 activations, bf16 or fp32 weights and KV, bit-exact whatever the batch (C4).
+
+Every output element is one chain of sums whose order depends on its own row alone, so a row has the same bits alone, in
+a batch of any size, in any chunk and on any number of threads (tests/models/ops). The C++ source is compiled when the
+package is built, once per instruction set; this file takes the best that the machine can run and checks arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import types
+
+import torch
+
+from models.batch import Batch
+from models.ops.kernels import LayerKV, PackedLinear
+
+PANEL = 32  # outputs per panel of a packed weight (cpu_linear.h)
+MAX_HEAD_SIZE = 256
+
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+_F32 = torch.float32
+_I32 = torch.int32
+
+
+@functools.cache
+def load_extension() -> types.ModuleType | None:
+    """The extension of the best instruction set that was built and runs here; None if none was built."""
+    try:
+        baseline = importlib.import_module("models.ops._cpu_base")
+    except ImportError:
+        return None
+    for level in (4, 3):
+        if baseline.isa_level() >= level:
+            try:
+                return importlib.import_module(f"models.ops._cpu_v{level}")
+            except ImportError:
+                continue
+    return baseline
+
+
+def _format(tensor: torch.Tensor, what: str) -> int:
+    try:
+        return _FORMATS[tensor.dtype]
+    except KeyError:
+        raise ValueError(f"{what} must be float32 or bfloat16; got {tensor.dtype}") from None
+
+
+def _refuse(what: str, wanted: str, tensor: torch.Tensor) -> ValueError:
+    layout = "" if tensor.is_contiguous() else ", not contiguous"
+    return ValueError(f"{what} must be contiguous {wanted}; got {tensor.dtype} {list(tensor.shape)}{layout}")
+
+
+class CpuKernels:
+    """Key layout [blocks, kv_heads, head_size, block_size], value layout [blocks, kv_heads, block_size, head_size]."""
+
+    is_exact = True
+    activation_dtype = torch.float32
+
+    def __init__(self, extension: types.ModuleType | None = None) -> None:
+        """Raises RuntimeError when the package was built without a compiler."""
+        extension = extension or load_extension()
+        if extension is None:
+            raise RuntimeError(
+                "the CPU kernels were not compiled: reinstall the package where a C++20 compiler is found"
+            )
+        self.name = extension.__name__.rpartition("._")[2].replace("_", "-")
+        self.extension = extension
+        self._linear = extension.linear
+        self._rms_norm = extension.rms_norm
+        self._silu_mul = extension.silu_mul
+        self._rope_store = extension.rope_store
+        self._attention = extension.attention
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """Threads of every kernel of this extension in this process (1 until set)."""
+        self.extension.set_num_threads(num_threads)
+
+    def pack(self, weight: torch.Tensor) -> PackedLinear:
+        """Any float weight; bf16 stays bf16, everything else is stored as fp32 (fp16 widens exactly)."""
+        out_features, in_features = weight.shape
+        source = (weight if weight.dtype is torch.bfloat16 else weight.float()).contiguous()
+        panels = -(-out_features // PANEL)
+        data = torch.empty(panels, in_features, PANEL, dtype=source.dtype)
+        self.extension.pack(source.data_ptr(), data.data_ptr(), _FORMATS[source.dtype], out_features, in_features)
+        return PackedLinear(data, out_features, in_features, weight.dtype)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: PackedLinear,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        m, k = x.shape
+        n = weight.out_features
+        if k != weight.in_features or x.dtype is not _F32 or not x.is_contiguous():
+            raise _refuse("x", f"float32 [tokens, {weight.in_features}]", x)
+        if residual is None:
+            out = torch.empty(m, n)
+        else:
+            out = residual
+            if out.shape != (m, n) or out.dtype is not _F32 or not out.is_contiguous():
+                raise _refuse("residual", f"float32 [{m}, {n}]", out)
+        address = bias_format = 0
+        if bias is not None:
+            if bias.shape != (n,) or not bias.is_contiguous():
+                raise _refuse("bias", f"[{n}]", bias)
+            address, bias_format = bias.data_ptr(), _format(bias, "bias")
+        data = weight.data
+        self._linear(
+            x.data_ptr(),
+            data.data_ptr(),
+            _FORMATS[data.dtype],
+            address,
+            bias_format,
+            out.data_ptr(),
+            residual is not None,
+            m,
+            n,
+            k,
+        )
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        rows, n = x.shape
+        if x.dtype is not _F32 or not x.is_contiguous():
+            raise _refuse("x", "float32", x)
+        if weight.shape != (n,) or not weight.is_contiguous():
+            raise _refuse("weight", f"[{n}]", weight)
+        out = torch.empty(rows, n)
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), _format(weight, "weight"), out.data_ptr(), rows, n, eps)
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, n = gate_up.shape
+        if gate_up.dtype is not _F32 or not gate_up.is_contiguous() or n % 2:
+            raise _refuse("gate_up", "float32 [tokens, 2 * intermediate]", gate_up)
+        out = torch.empty(rows, n // 2)
+        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, n // 2)
+        return out
+
+    def gather_rows(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """table [V, H], ids int32 [T] -> float32 [T, H]. Raises ValueError for an id outside the table."""
+        if ids.dtype is not _I32 or ids.dim() != 1 or not ids.is_contiguous():
+            raise _refuse("ids", "int32 [tokens]", ids)
+        if table.dim() != 2 or not table.is_contiguous():
+            raise _refuse("table", "[vocabulary, features]", table)
+        rows, width = len(ids), table.shape[1]
+        out = torch.empty(rows, width)
+        self.extension.gather_rows(
+            table.data_ptr(), _format(table, "table"), ids.data_ptr(), out.data_ptr(), rows, width, len(table)
+        )
+        return out
+
+    def allocate_kv(
+        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
+    ) -> list[LayerKV]:
+        """Raises ValueError for a block size that is no multiple of 16, an odd or too large head, an unknown dtype."""
+        if block_size < 1 or block_size % 16:
+            raise ValueError(f"block_size must be a multiple of 16; got {block_size}")
+        if not 0 < head_size <= MAX_HEAD_SIZE or head_size % 2:
+            raise ValueError(f"head_size must be even and at most {MAX_HEAD_SIZE}; got {head_size}")
+        if dtype not in _FORMATS:
+            raise ValueError(f"KV dtype must be float32 or bfloat16; got {dtype}")
+        key, value = (
+            (num_blocks, num_kv_heads, head_size, block_size),
+            (num_blocks, num_kv_heads, block_size, head_size),
+        )
+        return [LayerKV(torch.zeros(key, dtype=dtype), torch.zeros(value, dtype=dtype)) for _ in range(num_layers)]
+
+    def rope_store(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor | None,
+        kv: LayerKV,
+        slot_mapping: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+    ) -> torch.Tensor:
+        tokens, width = qkv.shape
+        key = kv.key
+        num_blocks, kv_heads, size, block_size = key.shape
+        if width != (num_heads + 2 * num_kv_heads) * head_size or qkv.dtype is not _F32 or not qkv.is_contiguous():
+            raise _refuse("qkv", f"float32 [tokens, {(num_heads + 2 * num_kv_heads) * head_size}]", qkv)
+        if kv_heads != num_kv_heads or size != head_size:
+            raise ValueError(f"KV holds {kv_heads} heads of {size}; got {num_kv_heads} of {head_size}")
+        if slot_mapping.dtype is not _I32 or slot_mapping.shape != (tokens,) or not slot_mapping.is_contiguous():
+            raise _refuse("slot_mapping", f"int32 [{tokens}]", slot_mapping)
+        if positions.dtype is not _I32 or positions.shape != (tokens,) or not positions.is_contiguous():
+            raise _refuse("positions", f"int32 [{tokens}]", positions)
+        table = half = max_positions = 0
+        if cos_sin is not None:
+            max_positions, rotary = cos_sin.shape
+            if cos_sin.dtype is not _F32 or not cos_sin.is_contiguous() or rotary > head_size or rotary % 2:
+                raise _refuse("cos_sin", f"float32 [positions, even, at most {head_size}]", cos_sin)
+            table, half = cos_sin.data_ptr(), rotary // 2
+        q = torch.empty(tokens, num_heads * head_size)
+        self._rope_store(
+            qkv.data_ptr(),
+            positions.data_ptr(),
+            slot_mapping.data_ptr(),
+            table,
+            half,
+            max_positions,
+            key.data_ptr(),
+            kv.value.data_ptr(),
+            _FORMATS[key.dtype],
+            block_size,
+            num_blocks,
+            tokens,
+            num_heads,
+            num_kv_heads,
+            head_size,
+            q.data_ptr(),
+        )
+        return q
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        batch: Batch,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        scale: float,
+        window: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, width = q.shape
+        key, table = kv.key, batch.block_table
+        num_blocks, kv_heads, size, block_size = key.shape
+        rows, table_width = table.shape
+        starts, lengths = batch.query_start_loc, batch.seq_lens
+        if width != num_heads * head_size or q.dtype is not _F32 or not q.is_contiguous():
+            raise _refuse("q", f"float32 [tokens, {num_heads * head_size}]", q)
+        if kv_heads != num_kv_heads or size != head_size or num_heads % num_kv_heads:
+            raise ValueError(f"KV holds {kv_heads} heads of {size}; got {num_heads} over {num_kv_heads} of {head_size}")
+        if starts.dtype is not _I32 or len(starts) != rows + 1 or not starts.is_contiguous():
+            raise _refuse("query_start_loc", f"int32 [{rows + 1}]", starts)
+        if lengths.dtype is not _I32 or len(lengths) != rows or not lengths.is_contiguous():
+            raise _refuse("seq_lens", f"int32 [{rows}]", lengths)
+        if table.dtype is not _I32 or not table.is_contiguous():
+            raise _refuse("block_table", "int32 [rows, width]", table)
+        if window < 0 or not math.isfinite(scale):
+            raise ValueError(f"window must be at least 0 and scale finite; got {window} and {scale}")
+        out = torch.empty(tokens, width)
+        lse = torch.empty(tokens, num_heads)
+        self._attention(
+            q.data_ptr(),
+            key.data_ptr(),
+            kv.value.data_ptr(),
+            _FORMATS[key.dtype],
+            starts.data_ptr(),
+            lengths.data_ptr(),
+            table.data_ptr(),
+            rows,
+            table_width,
+            tokens,
+            num_heads,
+            num_kv_heads,
+            head_size,
+            block_size,
+            num_blocks,
+            scale,
+            window,
+            out.data_ptr(),
+            lse.data_ptr(),
+        )
+        return out, lse

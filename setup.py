@@ -1,0 +1,49 @@
+"""The CPU kernels: one C++ source, one extension per instruction set, chosen at run time by models/ops/cpu.py.
+
+Optional: without a compiler the package installs and serves with the tiled torch kernels (C4).
+"""
+
+import pathlib
+import platform
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+VARIANTS: dict[str, list[str]] = {"_cpu_base": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    VARIANTS |= {"_cpu_v3": ["-march=x86-64-v3"], "_cpu_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+
+# Exact kernels: an FMA is written, never contracted, and nothing is reassociated.
+FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
+
+
+class BuildVariants(build_ext):
+    """Objects of one source under different flags must not share a path."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile `ext` in a folder of its own."""
+        parent = self.build_temp
+        self.build_temp = str(pathlib.Path(parent) / ext.name)
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = parent
+
+
+setup(
+    cmdclass={"build_ext": BuildVariants},
+    ext_modules=[
+        Extension(
+            f"models.ops.{name}",
+            sources=["models/ops/cpu.cpp"],
+            depends=sorted(str(path) for path in pathlib.Path("models/ops").glob("cpu_*.h")),
+            define_macros=[("ARGOSY_MODULE", name)],
+            extra_compile_args=[*FLAGS, *march],
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+        )
+        for name, march in VARIANTS.items()
+    ],
+)
