@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Protocol
 
@@ -19,13 +18,14 @@ from models.ops.kernels import Kernels
 from models.ops.select import select_kernels
 from models.parallel import Group, Stages
 from models.quant.unquantized import Unquantized
+from models.store.errors import StoreError
+from models.store.manifest import MANIFEST, FileEntry, read_manifest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 ARCHITECTURES = {"llama": LlamaForCausalLM}
 """By Hugging Face `model_type`."""
 
-MANIFEST_FILE = "argosy.json"
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 64
@@ -86,23 +86,22 @@ def load_model(
 def weights_fingerprint(folder: Path | str) -> str:
     """Hex digest of what the folder computes, for the replica's fingerprint (C4).
 
-    Taken from the hashes in the store's manifest where there is one. Other folders are sampled: the
-    config, every file's name, size and safetensors header, and 64 pieces of its content. Raises
-    ModelError when the files are missing or not the manifest's.
+    The weights' part is taken from the hashes in the store's manifest where there is one. Other
+    folders are sampled: every file's name, size, safetensors header and 64 pieces of its content.
+    Raises ModelError when files are missing or not the manifest's.
     """
     folder = Path(folder)
-    files = [folder / "config.json", *weight_files(folder)]
+    files = weight_files(folder)
+    listed = _listed_files(folder)
     digest = hashlib.blake2b(digest_size=16)
-    manifest = _manifest_entries(folder)
-    for path in files:
-        if not path.exists():
-            raise ModelError(f"{path.name} is missing in {folder}")
-        size = path.stat().st_size
-        if manifest is None:
-            content = _sampled_hash(path, size)
-        else:
-            content = _listed_hash(manifest, path, size)
-        digest.update(f"{path.name}\0{size}\0{content}\n".encode())
+    try:
+        digest.update((folder / "config.json").read_bytes())
+        for path in files:
+            size = path.stat().st_size
+            content = _sampled_hash(path, size) if listed is None else _listed_hash(listed, path, size)
+            digest.update(f"\0{path.name}\0{size}\0{content}".encode())
+    except OSError as error:
+        raise ModelError(f"{Path(error.filename).name} cannot be read in {folder}: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -113,24 +112,22 @@ def _weight_type(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def _manifest_entries(folder: Path) -> dict[str, dict[str, object]] | None:
-    path = folder / MANIFEST_FILE
-    if not path.exists():
+def _listed_files(folder: Path) -> dict[str, FileEntry] | None:
+    if not (folder / MANIFEST).exists():
         return None
     try:
-        entries = json.loads(path.read_bytes())["files"]
-        return {name: dict(entry) for name, entry in entries.items()}
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{MANIFEST_FILE} holds no `files` object of names to hashes") from error
+        return read_manifest(folder).files
+    except StoreError as error:
+        raise ModelError(str(error)) from error
 
 
-def _listed_hash(manifest: dict[str, dict[str, object]], path: Path, size: int) -> str:
-    entry = manifest.get(path.name)
+def _listed_hash(listed: dict[str, FileEntry], path: Path, size: int) -> str:
+    entry = listed.get(path.name)
     if entry is None:
-        raise ModelError(f"{path.name} is not listed in {MANIFEST_FILE}")
-    if entry.get("bytes") != size or not entry.get("sha256"):
-        raise ModelError(f"{path.name} has {size} bytes; {MANIFEST_FILE} says {entry.get('bytes')}")
-    return str(entry["sha256"])
+        raise ModelError(f"{path.name} is not listed in {MANIFEST}")
+    if entry.bytes != size:
+        raise ModelError(f"{path.name} has {size} bytes; {MANIFEST} says {entry.bytes}")
+    return entry.sha256
 
 
 def _sampled_hash(path: Path, size: int) -> str:

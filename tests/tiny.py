@@ -58,7 +58,8 @@ def tiny_llama(folder: Path | str, *, seed: int = 0, dtype: torch.dtype = torch.
             if parameter.dim() == 1:
                 noise = torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator)
                 parameter.add_(noise)
-    model.to(dtype).save_pretrained(folder)
+    torch.nn.Module.to(model, dtype)  # transformers' own wrapper has no usable type
+    model.save_pretrained(folder)
     return folder
 
 

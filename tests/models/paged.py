@@ -1,0 +1,90 @@
+"""Sequences whose keys and values lie in blocks dealt in random order, and the batches made of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from models.batch import Batch
+from models.kv_cache import KVCache
+from models.parallel import Group
+from models.registry import CausalLM
+
+BLOCK_SIZE = 16
+
+
+class Sequences:
+    """Advances token sequences by any number of tokens per step and keeps all their logits."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokens: Sequence[torch.Tensor],
+        kv_dtype: torch.dtype,
+        seed: int = 0,
+        group: Group | None = None,
+    ) -> None:
+        """tokens: int64 [length] of every sequence."""
+        self.model = model
+        self.tokens = list(tokens)
+        self.num_computed = [0] * len(tokens)
+        self.logits: list[list[torch.Tensor]] = [[] for _ in tokens]
+        widths = [-(-len(ids) // BLOCK_SIZE) for ids in tokens]
+        num_blocks = 1 + sum(widths)
+        self.kv_cache = KVCache(model.config, model.kernels, num_blocks, BLOCK_SIZE, kv_dtype, group=group)
+        order = 1 + torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(seed))
+        self.block_tables = list(torch.split(order, widths))
+
+    def step(self, plan: Sequence[tuple[int, int]]) -> None:
+        """One forward pass over (sequence, number of tokens) rows, in that order."""
+        batch = self.batch(plan)
+        logits = self.model.forward(batch, self.kv_cache)
+        start = 0
+        for sequence, count in plan:
+            self.logits[sequence].append(logits[start : start + count].clone())
+            self.num_computed[sequence] += count
+            start += count
+
+    def all_logits(self, sequence: int) -> torch.Tensor:
+        """[computed tokens, vocab_size]."""
+        return torch.cat(self.logits[sequence])
+
+    def batch(self, plan: Sequence[tuple[int, int]]) -> Batch:
+        """A lone token gets a padding row that writes to block 0, as the runner does (C4)."""
+        token_ids, positions, slots, counts, seq_lens, tables = [], [], [], [], [], []
+        for sequence, count in plan:
+            start = self.num_computed[sequence]
+            where = torch.arange(start, start + count)
+            table = self.block_tables[sequence]
+            token_ids.append(self.tokens[sequence][where])
+            positions.append(where)
+            slots.append(table[where // BLOCK_SIZE] * BLOCK_SIZE + where % BLOCK_SIZE)
+            counts.append(count)
+            seq_lens.append(start + count)
+            tables.append(table)
+        if sum(counts) == 1:
+            zero = torch.zeros(1, dtype=torch.int64)
+            token_ids.append(zero)
+            positions.append(zero)
+            slots.append(zero)
+            counts.append(1)
+            seq_lens.append(1)
+            tables.append(zero)
+        width = max(len(table) for table in tables)
+        block_table = torch.full((len(tables), width), -1)
+        for row, table in enumerate(tables):
+            block_table[row, : len(table)] = table
+        starts = list(itertools.accumulate(counts, initial=0))
+        return Batch(
+            token_ids=torch.cat(token_ids).int(),
+            positions=torch.cat(positions).int(),
+            query_start_loc=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+            block_table=block_table.int(),
+            slot_mapping=torch.cat(slots).int(),
+            logits_indices=torch.arange(starts[-1], dtype=torch.int32),
+            max_query_len=max(counts),
+            max_seq_len=max(seq_lens),
+        )
