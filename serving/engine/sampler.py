@@ -138,12 +138,12 @@ class Sampler:
 
     def _score(self, raw: FloatRow, peak: np.float32, token: int, count: int) -> bytes:
         """Packed log-probabilities of the model's own distribution: no temperature, penalty or mask."""
-        normaliser = float(peak) + self._categorical.log_normaliser(raw, peak)
-        packed = np.array(float(raw[token]) - normaliser).astype("<f4").tobytes()
+        normaliser = self._categorical.log_normaliser(raw, peak)
+        packed = np.array(float(raw[token]) - float(peak) - normaliser).astype("<f4").tobytes()
         if count == 0:
             return packed
         best = self._categorical.best_ids(raw, count)
         alternatives = np.empty(best.size, _ALTERNATIVE)
         alternatives["id"] = best
-        alternatives["logprob"] = raw[best].astype(np.float64) - normaliser
+        alternatives["logprob"] = raw[best].astype(np.float64) - float(peak) - normaliser
         return packed + alternatives.tobytes()
