@@ -154,9 +154,13 @@ class Beat(Message, tag=68):
 
 
 class Asset(Message, tag=69):
+    """A piece of an asset: `data` belongs at `offset` of `total` bytes. Pieces arrive in order."""
+
     name: str
-    sha256: str
+    sha256: str  # of the whole
     data: bytes
+    offset: int = 0
+    total: int = 0  # 0 = this is the whole
 
 
 FromGateway = Hello | Prove | Submit | Cancel | Find | AssetRequest

@@ -23,6 +23,7 @@ class StepOutput:
     logprobs: Mapping[int, bytes]  # index into tokens -> packed as in wire.Step
     finished: list[tuple[int, int, FinishReason, int]]  # connection, handle, reason, stop id or -1
     admitted: list[tuple[int, int, int]]  # connection, handle, cached tokens
+    failed: list[tuple[int, int]]  # connection, handle: the model computed garbage for this row
 
 
 def renumber(logprobs: Mapping[int, bytes], live: npt.NDArray[np.bool_]) -> dict[int, bytes]:

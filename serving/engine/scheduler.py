@@ -295,7 +295,8 @@ class Scheduler:
     def update(self, plan: Plan, ids: Int32Array, logprobs: Mapping[int, bytes] | None = None) -> StepOutput:
         """Results of a completed step, in the order in which steps were planned.
 
-        ids: int32, the sampled tokens of the rows with num_samples > 0. logprobs: by index into ids.
+        ids: int32, the sampled tokens of the rows with num_samples > 0, negative where the row failed.
+        logprobs: by index into ids.
         """
         rows = self.rows
         rows.num_in_flight[plan.slots] -= 1
@@ -303,7 +304,8 @@ class Scheduler:
         sampling = plan.num_samples > 0
         slots, positions = plan.slots[sampling], ends[sampling]
         rows.tokens[slots, positions] = ids
-        live = rows.is_live[slots]
+        is_sound = ids >= 0
+        live = rows.is_live[slots] & is_sound
         is_stop = (rows.stop_ids[slots] == ids[:, None]).any(axis=1)
         is_over = live & (is_stop | (positions + 1 >= rows.max_total[slots]))
         output = StepOutput(
@@ -314,6 +316,7 @@ class Scheduler:
             logprobs=renumber(logprobs, live) if logprobs else {},
             finished=[],
             admitted=self._admitted,
+            failed=[],
         )
         self._admitted = []
         self._commit(plan.slots)
@@ -321,6 +324,11 @@ class Scheduler:
             request = self._request_in(int(slots[at]))
             reason = FinishReason.STOP if is_stop[at] else FinishReason.LENGTH
             output.finished.append((*request.key, reason, int(ids[at]) if is_stop[at] else -1))
+            del self._requests[request.key]
+            self._end(request)
+        for slot in slots[rows.is_live[slots] & ~is_sound].tolist():
+            request = self._request_in(slot)
+            output.failed.append(request.key)
             del self._requests[request.key]
             self._end(request)
         self._settle(plan.slots)

@@ -1,0 +1,147 @@
+"""The step loop: schedule, submit, collect, emit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from serving.engine.cost import Features
+from serving.engine.executor import Executor, StepHandle
+from serving.engine.output import StepOutput
+from serving.engine.plan import Plan
+from serving.engine.records import StepRecords
+from serving.engine.scheduler import Scheduler
+
+
+class EngineCore:
+    """Owns the scheduler and drives the executor in a thread of its own.
+
+    Other threads speak to it through `call`; it speaks through `on_output` and `on_failure`, both
+    called in its thread. `num_steps`, `step_started_s` and `announced_s` may be read by any thread:
+    health is judged from them (C13).
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        on_output: Callable[[StepOutput], None],
+        on_failure: Callable[[BaseException], None],
+        async_depth: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler = scheduler
+        self.records = StepRecords()
+        self.num_steps = 0
+        self.step_started_s: float | None = None  # start of the loop's present turn; None = resting
+        self.announced_s = 0.0
+        self.tokens_per_s = 0.0  # drain rate over the last second or so
+        self._executor = executor
+        self._on_output = on_output
+        self._on_failure = on_failure
+        self._depth = async_depth
+        self._clock = clock
+        self._in_flight: deque[tuple[Plan, StepHandle, Features, float, float]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the loop after the step in progress."""
+        self._is_stopping = True
+        self._wake.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run `function` in the loop's thread before its next step. It must not raise."""
+        self._calls.append(function)
+        self._wake.set()
+
+    @property
+    def step_age_s(self) -> float:
+        """How long the present turn of the loop has taken; 0 when it rests."""
+        started = self.step_started_s
+        return 0.0 if started is None else max(0.0, self._clock() - started)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._take_calls()
+                if self.scheduler.has_work or self._in_flight:
+                    self.step_started_s = self._clock()
+                    self.step()
+                else:
+                    self._rest()
+        except BaseException as failure:
+            self._on_failure(failure)
+
+    def _take_calls(self) -> None:
+        while self._calls:
+            self._calls.popleft()()
+
+    def _rest(self) -> None:
+        self.step_started_s = None
+        if self.scheduler.pool.num_owned:
+            raise RuntimeError(f"{self.scheduler.pool.num_owned} KV blocks are owned by no request")
+        if not self._calls:
+            self._wake.wait()
+        self._wake.clear()
+
+    def step(self) -> None:
+        """One turn: schedule, submit; collect what is due; tell the readers."""
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self._submit(plan)
+        if self._in_flight and (plan is None or len(self._in_flight) > self._depth):
+            self._on_output(self._collect())
+        elif plan is None:
+            # Everything waits for something outside: never spin.
+            self._wake.wait(0.01)
+            self._wake.clear()
+
+    def _submit(self, plan: Plan) -> None:
+        cost = self.scheduler.cost_features(plan)
+        announced = self.scheduler.cost_model.predict(cost)
+        started = self._clock()
+        self.announced_s = announced
+        self._in_flight.append((plan, self._executor.submit(plan), cost, started, announced))
+
+    def _collect(self) -> StepOutput:
+        plan, handle, cost, started, announced = self._in_flight.popleft()
+        result = handle.result()
+        now = self._clock()
+        duration = now - started
+        self.num_steps += 1
+        self.scheduler.cost_model.observe(cost, duration)
+        output = self.scheduler.update(plan, result.ids, result.logprobs)
+        self._record(plan, started, duration, announced, len(output.tokens))
+        return output
+
+    def _record(self, plan: Plan, started: float, duration: float, announced: float, num_tokens: int) -> None:
+        is_decode = plan.num_tokens == 1
+        num_decoding = int(np.count_nonzero(is_decode))
+        self.records.append(
+            plan.step,
+            started,
+            duration,
+            announced,
+            len(plan.slots),
+            int(plan.num_tokens.sum()) - num_decoding,
+            num_decoding,
+            int((plan.starts + plan.num_tokens).sum()),
+            self.scheduler.num_waiting,
+            self.scheduler.pool.num_owned,
+        )
+        # Exponential average with a time constant of one second of work.
+        weight = min(1.0, duration)
+        self.tokens_per_s += weight * (num_tokens / max(duration, 1e-6) - self.tokens_per_s)

@@ -1,0 +1,414 @@
+"""A replica's front: the engine protocol's server around a step loop (C13, C22, C23).
+
+Two threads. The step loop computes. The server's loop owns connections, permits, beats and held
+rows; it reads the step loop's counters but never waits for it, so that health is told while a step
+runs, hangs or dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from serving import wire
+from serving.config import EngineSettings
+from serving.engine import address
+from serving.engine.card import build_card, read_asset
+from serving.engine.connection import Connection
+from serving.engine.core import EngineCore
+from serving.engine.executor import LocalExecutor
+from serving.engine.held import HOLD_S, HeldRow, HeldRows
+from serving.engine.output import StepOutput
+from serving.engine.request import Request
+from serving.engine.scheduler import Scheduler
+from serving.engine.translate import held_step, to_request, to_step
+from serving.engine.worker import Found, Worker
+from serving.errors import ArgosyError, EngineError
+from serving.types import ModelCard, RankState
+
+log = logging.getLogger(__name__)
+
+BEAT_INTERVAL_S = 0.08
+STALLED_AFTER_S = 10.0
+ORPHAN_GRACE_S = 1.0
+ASSET_PIECE_BYTES = 8 << 20
+
+
+class ReplicaServer:
+    """One replica. `start` loads the model; from then on gateways may connect."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        replica_id: str,
+        secret: bytes,
+        listen: str,
+        on_phase: Callable[[str, float], None] | None = None,
+        exits_on_failure: bool = True,
+    ) -> None:
+        """Binds `listen` ("unix:<path>" or "tcp:<host>:<port>[-<port>]") and loads nothing yet.
+
+        exits_on_failure: a failed or stalled step loop ends the process, so that whoever supervises
+            it starts a new one.
+        Raises SettingsError when the address cannot be bound.
+        """
+        self.settings = settings
+        self.replica_id = replica_id
+        self.secret = secret
+        self.epoch = time.time_ns() & 0x7FFFFFFFFFFF
+        self.failure: BaseException | None = None
+        self._socket, self.address = address.bind(listen)
+        self._on_phase = on_phase
+        self._exits_on_failure = exits_on_failure
+        self._state = "loading"
+        self._card: ModelCard | None = None
+        self._core: EngineCore | None = None
+        self._found: Found | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._connections: dict[int, Connection] = {}
+        self._num_connections = 0
+        self._held = HeldRows()
+        self._beat_seq = 0
+        self._is_closing = False
+
+    # --- life -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Load the model and open for gateways. Raises ModelLoadError."""
+        worker = Worker(self.settings, on_phase=self._on_phase)
+        found = self._found = worker.found
+        self._card = build_card(self.settings, worker)
+        scheduler = Scheduler(
+            max_num_seqs=self.settings.max_num_seqs,
+            max_num_batched_tokens=self.settings.max_num_batched_tokens,
+            max_model_len=found.max_model_len,
+            num_blocks=found.num_blocks,
+            block_size=self.settings.block_size,
+            enable_prefix_cache=self.settings.enable_prefix_cache,
+        )
+        self._core = EngineCore(
+            scheduler,
+            LocalExecutor(worker),
+            on_output=lambda output: self._post(self._emit, output),
+            on_failure=self._fail,
+            async_depth=self.settings.async_depth,
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="replica-server", daemon=True)
+        self._state = "ready"
+        self._core.start()
+        self._thread.start()
+
+    def close(self) -> None:
+        """End both threads and every connection."""
+        self._is_closing = True
+        if self._core is not None:
+            self._core.stop()
+        if self._loop is not None and self._thread is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5.0)
+        self._socket.close()
+        if self.address.startswith("unix:"):
+            address.unlink(self.address)
+
+    def drain(self, timeout_s: float) -> None:
+        """Take no new work, say so, and wait until the rows are gone (C19a)."""
+        self._state = "draining"
+        deadline = time.monotonic() + timeout_s
+        while self._num_outstanding() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    @property
+    def card(self) -> ModelCard:
+        assert self._card is not None, "the replica has not been started"
+        return self._card
+
+    @property
+    def found(self) -> Found:
+        assert self._found is not None, "the replica has not been started"
+        return self._found
+
+    @property
+    def core(self) -> EngineCore:
+        assert self._core is not None, "the replica has not been started"
+        return self._core
+
+    def health(self) -> tuple[bool, str]:
+        """Whether the step loop makes progress, and if not, why (C13). Any thread may ask."""
+        if self.failure is not None:
+            return False, f"the step loop failed: {type(self.failure).__name__}"
+        if self._core is None:
+            return True, "loading"
+        age, limit = self._core.step_age_s, max(1.5, 3 * self._core.announced_s)
+        if age > limit:
+            return False, f"the running step is {age:.1f} s old, announced were {self._core.announced_s:.3f} s"
+        return True, self._state
+
+    def progress(self) -> list[RankState]:
+        """Every rank of the gang."""
+        core = self.core
+        return [
+            RankState(rank=0, host=socket.gethostname(), pid=os.getpid(), step=core.num_steps, age_s=core.step_age_s)
+        ]
+
+    # --- the server's loop ----------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        loop = self._loop
+        assert loop is not None
+        asyncio.set_event_loop(loop)
+        loop.run_until_complete(self._open())
+        loop.create_task(self._forever(self._beat, BEAT_INTERVAL_S))
+        try:
+            loop.run_forever()
+        finally:
+            self._close_connections()
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    async def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def connect() -> Connection:
+            self._num_connections += 1
+            return Connection(self, self._num_connections)
+
+        if self._socket.family == socket.AF_UNIX:
+            await loop.create_unix_server(connect, sock=self._socket, start_serving=True)
+        else:
+            await loop.create_server(connect, sock=self._socket, start_serving=True)
+
+    async def _forever(self, function: Callable[[], None], interval_s: float) -> None:
+        while True:
+            function()
+            await asyncio.sleep(interval_s)
+
+    def _post(self, function: Callable[..., None], *args: Any) -> None:
+        """Run in the server's loop; called by other threads."""
+        if self._loop is not None and not self._is_closing:
+            self._loop.call_soon_threadsafe(function, *args)
+
+    # --- connections ----------------------------------------------------------------------------
+
+    def opened(self, connection: Connection) -> None:
+        self._connections[connection.number] = connection
+        self._send_beat(connection)
+
+    def closed(self, connection: Connection) -> None:
+        """Its rows have nobody to write to: keyed ones are held, the others end after a grace."""
+        del self._connections[connection.number]
+        now = time.monotonic()
+        orphans = []
+        for handle, submit in connection.live.items():
+            key = (connection.number, handle)
+            if submit.is_keyed:
+                self._held.hold(HeldRow(key, submit, len(submit.resume_ids) // 4, now + HOLD_S))
+            else:
+                orphans.append(key)
+        if orphans and self._loop is not None:
+            self._loop.call_later(ORPHAN_GRACE_S, self._cancel_keys, orphans)
+
+    def received(self, connection: Connection, message: wire.FromGateway) -> None:
+        if isinstance(message, wire.Submit):
+            self._submit(connection, message)
+        elif isinstance(message, wire.Cancel):
+            for handle in message.handles:
+                connection.live.pop(handle, None)
+            self._cancel_keys([(connection.number, handle) for handle in message.handles])
+        elif isinstance(message, wire.Find):
+            self._find(connection, message)
+        elif isinstance(message, wire.AssetRequest):
+            self._send_asset(connection, message.name)
+        else:
+            raise wire.WireError(f"{type(message).__name__} after the handshake")
+
+    def _submit(self, connection: Connection, submit: wire.Submit) -> None:
+        connection.num_submitted += 1
+        if connection.num_submitted > connection.granted:
+            connection.send(wire.Reject(submit.handle, "not_granted", "more submits than permits"))
+            return
+        if self._state != "ready":
+            connection.send(wire.Reject(submit.handle, "draining", "the replica takes no new work"))
+            return
+        if submit.handle in connection.live:
+            raise wire.WireError(f"handle {submit.handle} is in use")
+        try:
+            request = to_request(submit, connection.number, self.card)
+        except ArgosyError as error:
+            self._reject(connection, submit.handle, error)
+            return
+        connection.live[submit.handle] = submit
+        self.core.call(lambda: self._add(connection, request))
+
+    def _add(self, connection: Connection, request: Request) -> None:
+        """In the step loop's thread."""
+        try:
+            self.core.scheduler.add(request)
+        except ArgosyError as error:
+            self._post(self._reject, connection, request.key[1], error)
+
+    def _reject(self, connection: Connection, handle: int, error: ArgosyError) -> None:
+        connection.live.pop(handle, None)
+        connection.send(wire.Reject(handle, error.error_code, error.message, error.param))
+
+    def _cancel_keys(self, keys: list[tuple[int, int]]) -> None:
+        def cancel() -> None:
+            for key in keys:
+                self.core.scheduler.cancel(key)
+
+        self.core.call(cancel)
+
+    def _find(self, connection: Connection, find: wire.Find) -> None:
+        held = self._held.find(find.request_id, find.choice)
+        if held is None or find.position < held.first_position:
+            connection.send(wire.Reject(find.handle, "not_found", "no such row is held"))
+            return
+        new_key = (connection.number, find.handle)
+
+        def rebind() -> None:
+            # Outputs emitted before this are posted before `attach`, outputs after it carry the new key.
+            self.core.scheduler.rebind(held.key, new_key)
+            self._post(self._attach, connection, find, held.key)
+
+        self.core.call(rebind)
+
+    def _attach(self, connection: Connection, find: wire.Find, key: tuple[int, int]) -> None:
+        held = self._held.take(key)
+        if held is None or not connection.is_open:
+            self._cancel_keys([(connection.number, find.handle)])
+            return
+        if held.finished is None:
+            connection.live[find.handle] = held.submit
+        connection.send(held_step(held, find, self.core.num_steps, connection.granted))
+
+    def _send_asset(self, connection: Connection, name: str) -> None:
+        sha256 = self.card.assets.get(name)
+        if sha256 is None:
+            raise wire.WireError("an asset that the card does not name")
+        data = read_asset(self.settings.model_dir, name)
+        for at in range(0, max(len(data), 1), ASSET_PIECE_BYTES):
+            piece = data[at : at + ASSET_PIECE_BYTES]
+            connection.send(wire.Asset(name, sha256, piece, at, len(data)))
+
+    # --- outputs --------------------------------------------------------------------------------
+
+    def _emit(self, output: StepOutput) -> None:
+        """One frame per connection that this step concerns."""
+        concerned = set(output.connections.tolist())
+        concerned.update(connection for connection, *_ in output.finished)
+        concerned.update(connection for connection, *_ in output.admitted)
+        concerned.update(connection for connection, _ in output.failed)
+        for number in concerned:
+            connection = self._connections.get(number)
+            if connection is None:
+                self._keep(number, output)
+            else:
+                self._send_step(connection, output)
+        if output.finished or output.failed:
+            for connection in self._connections.values():
+                self._grant(connection)
+
+    def _send_step(self, connection: Connection, output: StepOutput) -> None:
+        for owner, handle, *_ in output.finished:
+            if owner == connection.number:
+                connection.live.pop(handle, None)
+        self._grant(connection)
+        connection.send(to_step(output, connection.number, connection.granted))
+        for owner, handle in output.failed:
+            if owner == connection.number:
+                fault = EngineError("The model computed no usable numbers for this request.", code="engine_fault")
+                self._reject(connection, handle, fault)
+
+    def _keep(self, number: int, output: StepOutput) -> None:
+        for at in np.flatnonzero(output.connections == number).tolist():
+            key = (number, int(output.handles[at]))
+            self._held.append(key, int(output.tokens[at]), output.logprobs.get(at))
+        for owner, handle, reason, stop_id in output.finished:
+            if owner == number:
+                self._held.finish((number, handle), int(reason), stop_id)
+
+    # --- permits and beats ----------------------------------------------------------------------
+
+    def _num_outstanding(self) -> int:
+        return sum(len(connection.live) for connection in list(self._connections.values()))
+
+    def _grant(self, connection: Connection) -> None:
+        """Let the connection submit up to its share of what is free; never take a permit back.
+
+        Rows may wait here (half a batch of them), so that a slot that becomes free is filled in the
+        next step; everything else waits in the gateways, where binding is late.
+        """
+        if self._state != "ready":
+            return
+        capacity = self.settings.max_num_seqs + max(1, self.settings.max_num_seqs // 2)
+        free = capacity - self._num_outstanding()
+        share = max(1, math.ceil(free / len(self._connections))) if free > 0 else 0
+        connection.granted = max(connection.granted, connection.num_submitted + share)
+
+    def _beat(self) -> None:
+        core = self.core
+        self._beat_seq += 1
+        self._watch(core)
+        for connection in list(self._connections.values()):
+            self._send_beat(connection)
+        expired = self._held.expire(time.monotonic())
+        if expired:
+            self._cancel_keys([row.key for row in expired])
+
+    def _send_beat(self, connection: Connection) -> None:
+        core, pool = self.core, self.core.scheduler.pool
+        self._grant(connection)
+        connection.send_ahead(
+            wire.Beat(
+                seq=self._beat_seq,
+                state=self._state,
+                step=core.num_steps,
+                step_age_s=core.step_age_s,
+                announced_s=core.announced_s,
+                num_running=core.scheduler.num_running,
+                num_waiting=core.scheduler.num_waiting,
+                blocks_used=pool.num_owned,
+                blocks_total=pool.num_blocks - 1,
+                granted=connection.granted,
+                ranks=self.progress(),
+                tokens_per_s=core.tokens_per_s,
+            )
+        )
+
+    # --- failure --------------------------------------------------------------------------------
+
+    def _watch(self, core: EngineCore) -> None:
+        """A stalled step ends the process; so does a beat that cannot run (a kernel holding the GIL)."""
+        if not self._exits_on_failure:
+            return
+        faulthandler.dump_traceback_later(STALLED_AFTER_S + 2.0, exit=True)
+        if core.step_age_s > STALLED_AFTER_S:
+            log.critical("step %d is %.1f s old: ending the process", core.num_steps, core.step_age_s)
+            faulthandler.dump_traceback()
+            os._exit(70)
+
+    def _fail(self, failure: BaseException) -> None:
+        """In the step loop's thread: it is over. Closed connections tell the gateways at once."""
+        self.failure = failure
+        log.critical("the step loop failed", exc_info=failure)
+        if self._exits_on_failure:
+            os._exit(70)
+        self._post(self._close_connections)
+
+    def _close_connections(self) -> None:
+        for connection in list(self._connections.values()):
+            connection.close()
