@@ -1,0 +1,190 @@
+"""Which replicas exist, and one connection to each, for ever (C20)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from serving.gateway.connection import Connection, parse_endpoint
+from serving.gateway.fleet import Fleet, Replica
+from serving.gateway.link import Cause, Link
+from serving.wire import WireError
+
+if TYPE_CHECKING:
+    import httpx
+
+logger = logging.getLogger("argosy.gateway")
+
+MIN_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 1.0
+MIN_QUARANTINE_S = 5.0
+MAX_QUARANTINE_S = 300.0
+STEADY_S = 10.0
+"""A link that lived this long was a good one: past faults no longer count."""
+MAX_FAILED_DIALS = 3
+MAX_LISTING_BYTES = 4 << 20
+MAX_REPLICAS = 4096
+POLL_TIMEOUT_S = 65.0
+
+Dial = Callable[[Replica], Awaitable[tuple[Connection, Link]]]
+
+
+class Backoff:
+    """Waiting times between attempts: doubling, bounded."""
+
+    def __init__(self, least_s: float, most_s: float) -> None:
+        self._least_s = least_s
+        self._most_s = most_s
+        self._next_s = least_s
+
+    def reset(self) -> None:
+        self._next_s = self._least_s
+
+    def next_s(self) -> float:
+        wait_s = self._next_s
+        self._next_s = min(wait_s * 2, self._most_s)
+        return wait_s
+
+
+class Entry(msgspec.Struct, kw_only=True):
+    """A replica in the directory's listing; further fields are its own business."""
+
+    host: str
+    port: int
+    id: str = ""
+    state: str = "ready"
+
+
+class Listing(msgspec.Struct, kw_only=True):
+    version: int
+    replicas: list[Entry]
+
+
+class Membership:
+    """Keeps the fleet's endpoints equal to what is listed and dials every one of them again and again.
+
+    Forgetting is not death: a replica that is no longer listed leaves only after `MAX_FAILED_DIALS`
+    dials in a row have failed. Silence of the directory changes nothing.
+    """
+
+    def __init__(self, fleet: Fleet, dial: Dial, on_open: Callable[[Link], None], clock: Callable[[], float]) -> None:
+        self._fleet = fleet
+        self._dial = dial
+        self._on_open = on_open
+        self._clock = clock
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, endpoints: tuple[str, ...], directory_url: str | None) -> None:
+        """Raises SettingsError for an endpoint that cannot be parsed."""
+        for endpoint in endpoints:
+            parse_endpoint(endpoint)
+        for endpoint in endpoints:
+            self._add(endpoint)
+        if directory_url is not None:
+            self._tasks["directory"] = asyncio.create_task(self._follow(directory_url))
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    def _add(self, endpoint: str) -> Replica:
+        replica = self._fleet.replicas.get(endpoint)
+        if replica is None:
+            replica = self._fleet.replicas[endpoint] = Replica(endpoint)
+            self._tasks[endpoint] = asyncio.create_task(self._keep(replica))
+        return replica
+
+    # --- one endpoint -----------------------------------------------------------------------------
+
+    async def _keep(self, replica: Replica) -> None:
+        backoff = Backoff(MIN_BACKOFF_S, MAX_BACKOFF_S)
+        quarantine = Backoff(MIN_QUARANTINE_S, MAX_QUARANTINE_S)
+        num_failed = 0
+        while replica.is_listed or num_failed < MAX_FAILED_DIALS:
+            try:
+                connection, link = await self._dial(replica)
+            except (OSError, TimeoutError, WireError) as error:
+                num_failed += 1
+                self._note(replica, error)
+                await asyncio.sleep(backoff.next_s())
+                continue
+            num_failed = 0
+            replica.id, replica.epoch, replica.error, replica.link = link.replica, link.epoch, "", link
+            logger.info("replica %s: connected, epoch %d", link.replica, link.epoch)
+            try:
+                self._on_open(link)
+                await connection.lost.wait()
+            finally:
+                replica.link = None
+                link.end(Cause.CLOSED)
+            replica.error = f"connection {link.cause}"
+            if self._clock() - link.opened_at > STEADY_S:
+                quarantine.reset()
+            if link.cause is Cause.FAULTY:
+                await asyncio.sleep(quarantine.next_s())
+            elif self._clock() - link.opened_at > MAX_BACKOFF_S:
+                backoff.reset()
+            else:
+                await asyncio.sleep(backoff.next_s())
+        logger.info("replica %s: dropped, neither listed nor reachable", replica.id or replica.endpoint)
+        del self._fleet.replicas[replica.endpoint]
+        del self._tasks[replica.endpoint]
+
+    def _note(self, replica: Replica, error: Exception) -> None:
+        """Every attempt fails alike while a replica is away: only a change is worth a line."""
+        text = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+        if text != replica.error:
+            logger.warning("replica %s: %s", replica.id or replica.endpoint, text)
+        replica.error = text
+
+    # --- the directory ----------------------------------------------------------------------------
+
+    async def _follow(self, url: str) -> None:
+        import httpx
+
+        backoff = Backoff(MIN_BACKOFF_S, 2 * MAX_BACKOFF_S)
+        version = -1
+        timeout = httpx.Timeout(POLL_TIMEOUT_S, connect=2.0)
+        async with httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
+            while True:
+                try:
+                    listing = await _poll(client, url, version)
+                except (httpx.HTTPError, msgspec.MsgspecError, ValueError) as error:
+                    logger.warning("directory: %s", str(error) or type(error).__name__)
+                    version = -1
+                    await asyncio.sleep(backoff.next_s())
+                    continue
+                backoff.reset()
+                if listing.version == version:
+                    await asyncio.sleep(MIN_BACKOFF_S)  # an honest long poll ends by time; do not spin on another
+                version = listing.version
+                self.take(listing)
+
+    def take(self, listing: Listing) -> None:
+        """The directory's word: who exists, who drains."""
+        listed = {f"tcp:{entry.host}:{entry.port}": entry for entry in listing.replicas[:MAX_REPLICAS]}
+        for endpoint, entry in listed.items():
+            replica = self._add(endpoint)
+            replica.is_draining = entry.state == "draining"
+            if replica.link is not None:
+                replica.link.is_draining = replica.is_draining
+        for endpoint, replica in self._fleet.replicas.items():
+            replica.is_listed = endpoint in listed
+
+
+async def _poll(client: httpx.AsyncClient, url: str, version: int) -> Listing:
+    body = bytearray()
+    async with client.stream("GET", url, params={"since": version}) as response:
+        response.raise_for_status()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > MAX_LISTING_BYTES:
+                raise ValueError(f"listing exceeds {MAX_LISTING_BYTES} bytes")
+    return msgspec.json.decode(body, type=Listing)
