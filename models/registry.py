@@ -37,6 +37,7 @@ class CausalLM(Protocol):
     config: ModelConfig
     kernels: Kernels
     stages: Stages
+    weight_dtype: torch.dtype
     logits_size: int
     num_parameters: int  # of this pipeline stage, all tensor-parallel ranks together
     weight_bytes: int  # that this rank reads in one decode step: linears, head and norms

@@ -43,6 +43,7 @@ class LlamaForCausalLM:
         self.config = config
         self.kernels = loader.kernels
         self.stages = stages
+        self.weight_dtype = loader.dtype
         self.logits_size = config.vocab_size
         vocabulary = (config.vocab_size, config.hidden_size)
         cos_sin = cos_sin_table(config, max_model_len, loader.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 
 import torch
@@ -88,3 +89,14 @@ class Sequences:
             max_query_len=max(counts),
             max_seq_len=max(seq_lens),
         )
+
+
+def advance_at_random(sequences: Sequences, chance: random.Random, max_count: int) -> None:
+    """Steps of random rows of random lengths until every sequence is computed."""
+    while True:
+        left = [(i, len(ids) - sequences.num_computed[i]) for i, ids in enumerate(sequences.tokens)]
+        unfinished = [(i, count) for i, count in left if count]
+        if not unfinished:
+            return
+        rows = chance.sample(unfinished, chance.randint(1, len(unfinished)))
+        sequences.step([(i, chance.randint(1, min(count, chance.choice((1, max_count))))) for i, count in rows])

@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from models.ops.kernels import Kernels
+from models.ops.reference import ReferenceKernels
+from models.ops.select import select_kernels
 from models.registry import CausalLM, load_model
-from tests.models.paged import Sequences
+from tests.models.paged import Sequences, advance_at_random
 from tests.tiny import LLAMA3_ROPE, tiny_llama
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -38,12 +41,22 @@ def _no_gradients() -> Any:
         yield
 
 
+@pytest.fixture(scope="module", params=[ReferenceKernels.name, "served"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """The oracle's, and those that serve on this machine."""
+    if request.param == ReferenceKernels.name:
+        return ReferenceKernels()
+    return select_kernels(torch.device("cpu"), torch.float32)
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[CausalLM, LlamaForCausalLM]:
-    """Our model on the reference kernels and transformers', from one folder, in fp32."""
+def pair(
+    request: pytest.FixtureRequest, kernels: Kernels, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[CausalLM, LlamaForCausalLM]:
+    """Our model and transformers', from one folder, in fp32."""
     folder = tiny_llama(tmp_path_factory.mktemp("tiny"), **VARIANTS[request.param])
     theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return load_model(folder, dtype="float32"), theirs
+    return load_model(folder, dtype="float32", kernels=kernels), theirs
 
 
 def some_tokens(lengths: list[int], seed: int = 1) -> list[torch.Tensor]:
@@ -90,14 +103,3 @@ def test_only_the_wanted_logits_are_computed(pair: tuple[CausalLM, LlamaForCausa
     assert_close(model.forward(batch, sequences.kv_cache), expected_logits(theirs, ids)[[19, 3]])
     batch.logits_indices = torch.empty(0, dtype=torch.int32)
     assert model.forward(batch, sequences.kv_cache).shape == (0, model.logits_size)
-
-
-def advance_at_random(sequences: Sequences, chance: random.Random, max_count: int) -> None:
-    """Steps of random rows of random lengths until every sequence is computed."""
-    while True:
-        left = [(i, len(ids) - sequences.num_computed[i]) for i, ids in enumerate(sequences.tokens)]
-        unfinished = [(i, count) for i, count in left if count]
-        if not unfinished:
-            return
-        rows = chance.sample(unfinished, chance.randint(1, len(unfinished)))
-        sequences.step([(i, chance.randint(1, min(count, chance.choice((1, max_count))))) for i, count in rows])
