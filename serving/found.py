@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.resources
+import json
 import os
 import platform
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from serving.config import OPTIONS, EngineSettings, GatewaySettings, ServeSettings
+from serving.errors import SettingsError
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,3 +78,49 @@ def shown(settings: ServeSettings, facts: Found) -> dict[str, dict[str, Any]]:
     }
     asked = {key: getattr(parts[option.section], key) for key, option in OPTIONS.items()}
     return {"asked": asked, "found": dataclasses.asdict(facts)}
+
+
+# --- does the model fit? ------------------------------------------------------------------------
+
+_PROCESS_BYTES: Final = 400 << 20  # a replica's interpreter, torch and activations (measured: 300 MiB)
+_BYTES_PER_WEIGHT: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def check_model(model_dir: Path, settings: ServeSettings, facts: Found) -> None:
+    """Refuse a model that this build or this machine cannot serve, before a replica tries.
+
+    Raises SettingsError with the numbers and what to change.
+    """
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
+    known = supported_architectures()
+    if model_type not in known:
+        raise SettingsError(
+            f"{settings.model}: the architecture {model_type!r} is not supported; this build serves {', '.join(known)}"
+        )
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    file_bytes = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    weight_bytes = file_bytes * _BYTES_PER_WEIGHT[settings.engine.dtype] // _BYTES_PER_WEIGHT.get(stored, 2)
+    cache_bytes = settings.engine.kv_cache_bytes or 0
+    needed = settings.replicas * (weight_bytes + cache_bytes + _PROCESS_BYTES)
+    if needed > facts.memory_available_bytes:
+        cache = f" + {_size(cache_bytes)} KV cache" if cache_bytes else ""
+        times = f" x {settings.replicas} replicas" if settings.replicas > 1 else ""
+        raise SettingsError(
+            f"{settings.model} needs {_size(needed)} of memory ({_size(weight_bytes)} weights{cache} + "
+            f"{_size(_PROCESS_BYTES)} process{times}) but {_size(facts.memory_available_bytes)} are free; "
+            "serve a smaller model, or lower --replicas or --kv-cache-bytes"
+        )
+
+
+def supported_architectures() -> list[str]:
+    """The model types we can serve: the names of the files in models/architectures."""
+    folder = importlib.resources.files("models.architectures")
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(name.removesuffix(".py") for name in names if name.endswith(".py") and not name.startswith("_"))
+
+
+def _size(count: int) -> str:
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):.1f} GiB"
+    return f"{count / (1 << 20):.0f} MiB"

@@ -1,0 +1,150 @@
+"""`argosy serve | pull | chat | bench`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from serving.errors import SettingsError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+app = typer.Typer(
+    name="argosy",
+    help="Serve large language models over OpenAI's HTTP API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _flag(help_text: str, metavar: str) -> typer.models.OptionInfo:
+    # Always text: serving/config.py parses and refuses, in the same words for flags, variables and files.
+    option = typer.Option(help=help_text, metavar=metavar, show_default=False)
+    assert isinstance(option, typer.models.OptionInfo)
+    return option
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, _flag("Alias, model folder, GGUF file or hub id. [smollm2-135m-instruct]", "MODEL")
+    ] = None,
+    served_model_name: Annotated[str | None, _flag("Name that clients use. [derived from --model]", "NAME")] = None,
+    host: Annotated[str | None, _flag("Address to listen on. [127.0.0.1]", "HOST")] = None,
+    port: Annotated[str | None, _flag("Port to listen on; 0 takes any free one. [8000]", "PORT")] = None,
+    runtime: Annotated[
+        str | None, _flag("What places replicas: Ray Serve, or plain processes. [ray]", "ray|local")
+    ] = None,
+    replicas: Annotated[str | None, _flag("Copies of the model. [1]", "N")] = None,
+    gateways: Annotated[str | None, _flag("Gateway processes; more than 1 comes later. [1]", "N")] = None,
+    tensor_parallel_size: Annotated[str | None, _flag("Ranks per layer; more than 1 comes later. [1]", "N")] = None,
+    pipeline_parallel_size: Annotated[str | None, _flag("Pipeline stages; more than 1 comes later. [1]", "N")] = None,
+    dtype: Annotated[str | None, _flag("Type of weights and activations. [bfloat16]", "bfloat16|float32")] = None,
+    device: Annotated[str | None, _flag("Where the model computes. [cpu]", "cpu|cuda")] = None,
+    max_model_len: Annotated[str | None, _flag("Prompt and output tokens of one request. [the model's]", "N")] = None,
+    max_num_seqs: Annotated[str | None, _flag("Rows that a replica runs at once. [32]", "N")] = None,
+    max_num_batched_tokens: Annotated[str | None, _flag("Tokens of one engine step. [256]", "N")] = None,
+    kv_cache_bytes: Annotated[
+        str | None, _flag("KV cache of each replica, e.g. 512MiB. [from free memory]", "SIZE")
+    ] = None,
+    seed: Annotated[str | None, _flag("Seed of the engine. [0]", "N")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of settings; flags and ARGOSY_* win over it.", metavar="FILE")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show what was asked and what was found, and exit.")
+    ] = False,
+) -> None:
+    """Serve a model; Ctrl-C stops it and leaves nothing behind."""
+    flags = {key: value for key, value in locals().items() if key not in ("config", "print_config")}
+    from serving import config as settings_of
+    from serving import found, launch
+
+    try:
+        settings = settings_of.load(flags, config=config)
+        facts = found.find(settings)
+        if settings.engine.device == "cuda" and not facts.has_cuda:
+            raise SettingsError(f"--device cuda: no NVIDIA device that torch {facts.torch} could use; leave it at cpu")
+    except SettingsError as error:
+        _refuse(str(error))
+    if print_config:
+        import yaml
+
+        typer.echo(yaml.safe_dump(found.shown(settings, facts), sort_keys=False), nl=False)
+        return
+    raise typer.Exit(launch.serve(settings, facts))
+
+
+@app.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="Alias, model folder, GGUF file or hub id.")] = "smollm2-135m-instruct",
+) -> None:
+    """Bring a model into the local store, converted and verified."""
+    from serving import config as settings_of
+    from serving import launch
+
+    try:
+        settings = settings_of.load({"model": model})
+    except SettingsError as error:
+        _refuse(str(error))
+    raise typer.Exit(launch.pull(settings))
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Where the server answers.")] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str | None, typer.Option(help="Served model name. [the server's first]", show_default=False)
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
+) -> None:
+    """Chat in the terminal with a running server."""
+    from serving import chat as terminal_chat
+
+    raise typer.Exit(terminal_chat.main(url, model, system))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Which benchmark; none lists them.", show_default=False)] = None,
+) -> None:
+    """Run a benchmark of loadtest/bench; what follows its name is passed on."""
+    import importlib
+    import importlib.util
+    import pkgutil
+
+    names: list[str] = []
+    if importlib.util.find_spec("loadtest.bench") is not None:
+        package = importlib.import_module("loadtest.bench")
+        names = sorted(found.name for found in pkgutil.iter_modules(package.__path__) if not found.name.startswith("_"))
+    if name in (None, "-h", "--help"):
+        typer.echo("benchmarks: " + (", ".join(names) or "none"))
+        return
+    if name not in names:
+        _refuse(f"no benchmark {name!r}; there are: {', '.join(names) or 'none'}")
+    code = importlib.import_module(f"loadtest.bench.{name}").main(list(context.args))
+    raise typer.Exit(code or 0)
+
+
+def _refuse(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(EXIT_USAGE)
+
+
+def main() -> None:
+    """Console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

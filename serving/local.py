@@ -1,0 +1,261 @@
+"""The local runtime: replicas as forked processes, without Ray (`python -m serving.local`).
+
+This process imports torch and the engine once and then only forks, waits and forks again: a fork
+takes 9 ms where a fresh interpreter with torch takes over a second, so a killed replica is back as
+soon as its weights are mapped. It stays single-threaded: nothing else is safe before a fork.
+
+Every replica answers on a Unix socket of its own in the private run folder, under the same path
+after each restart. It reports over a pipe: lines of JSON events while it starts, then one pulse
+each half second for as long as its step loop is healthy. Silence is death (C13, C19b).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+import os
+import selectors
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from serving.config import EngineSettings
+from serving.control import (
+    Deploy,
+    Event,
+    Failed,
+    Note,
+    Phase,
+    Ready,
+    RuntimeEnd,
+    RuntimeSettings,
+    encode_line,
+    local_address,
+)
+from serving.errors import ModelLoadError, SettingsError
+from serving.leash import leash
+
+PULSE_S: Final = 0.5
+SILENCE_S: Final = 3.0
+STEADY_S: Final = 10.0  # a replica that lived this long restarts at once
+MAX_BACKOFF_S: Final = 5.0
+_PULSE: Final = b"."
+
+
+@dataclasses.dataclass(slots=True)
+class _Replica:
+    """One slot: the process in it changes, its index and socket do not."""
+
+    index: int
+    pid: int = 0  # 0 = not running
+    report_fd: int = -1
+    report: bytes = b""
+    is_ready: bool = False
+    has_been_ready: bool = False
+    started_s: float = 0.0
+    heard_s: float = 0.0
+    failures: int = 0  # deaths in a row before STEADY_S
+    restart_s: float | None = 0.0  # when to fork; None = running
+
+
+class LocalRuntime:
+    """Keeps the replicas of one model alive until the supervisor closes its end."""
+
+    def __init__(self, settings: RuntimeSettings) -> None:
+        self._settings = settings
+        self._supervisor = RuntimeEnd(settings.control_fd)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._supervisor.socket, selectors.EVENT_READ)
+        self._secret = Path(settings.secret_file).read_bytes()
+        self._replicas: list[_Replica] = []
+        self._engine: EngineSettings | None = None
+        self._server: Any = None
+        self._was_ready = False
+        self._looked_s = time.monotonic()
+
+    def preload(self) -> None:
+        """Import torch and the engine, so that forks have them."""
+        begun = time.monotonic()
+        module, name = self._settings.server.split(":")
+        self._server = getattr(importlib.import_module(module), name)
+        gc.collect()
+        gc.freeze()  # the collector would touch, and so copy, every page shared with the forks
+        self._supervisor.tell(Phase("local", "import", time.monotonic() - begun))
+
+    def run(self) -> None:
+        """Serve orders and mend replicas. Returns when told to stop, with every replica gone."""
+        try:
+            while True:
+                for key, _ in self._selector.select(self._timeout()):
+                    if key.fileobj is self._supervisor.socket:
+                        orders = self._supervisor.receive()
+                        if orders is None:
+                            return
+                        for order in orders:
+                            self._deploy(order)
+                    elif key.data is not None:
+                        self._read_report(key.data)
+                self._mend(time.monotonic())
+        finally:
+            self._stop()
+
+    def _timeout(self) -> float:
+        due = [r.restart_s for r in self._replicas if r.restart_s is not None]
+        return max(0.0, min([PULSE_S, *(at - time.monotonic() for at in due)]))
+
+    def _deploy(self, order: Deploy) -> None:
+        self._engine = order.engine
+        self._was_ready = False
+        for index in range(len(self._replicas), order.replicas):
+            self._replicas.append(_Replica(index))
+        for replica in self._replicas[order.replicas :]:
+            self._end(replica)
+        del self._replicas[order.replicas :]
+
+    def _mend(self, now: float) -> None:
+        # A runtime that itself stood still (a suspended machine) has heard nobody: that is not silence.
+        if now - self._looked_s > 1.0:
+            for replica in self._replicas:
+                replica.heard_s = now
+        self._looked_s = now
+        for replica in self._replicas:
+            if replica.restart_s is not None and now >= replica.restart_s:
+                self._start(replica)
+            elif replica.is_ready and now - replica.heard_s > SILENCE_S:
+                self._tell(Note(f"replica {replica.index} (pid {replica.pid}) stands still; killed"))
+                replica.is_ready = False
+                os.kill(replica.pid, signal.SIGKILL)  # its end is seen as EOF of its report
+
+    def _start(self, replica: _Replica) -> None:
+        assert self._engine is not None
+        with contextlib.suppress(FileNotFoundError):
+            Path(local_address(Path(self._settings.run_dir), replica.index).removeprefix("unix:")).unlink()
+        read_fd, write_fd = os.pipe()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._become(replica.index, parent, write_fd)
+        os.close(write_fd)
+        now = time.monotonic()
+        replica.pid, replica.report_fd, replica.report = pid, read_fd, b""
+        replica.is_ready, replica.started_s, replica.heard_s, replica.restart_s = False, now, now, None
+        self._selector.register(read_fd, selectors.EVENT_READ, replica)
+
+    def _read_report(self, replica: _Replica) -> None:
+        data = os.read(replica.report_fd, 1 << 16)
+        if not data:
+            self._reap(replica)
+            return
+        replica.heard_s = time.monotonic()
+        *lines, replica.report = (replica.report + data).split(b"\n")
+        for line in lines:
+            if line == _PULSE:
+                continue
+            event = msgspec.json.decode(line, type=Event)
+            if isinstance(event, Ready):
+                self._note_ready(replica)
+            elif not isinstance(event, Failed) or not replica.has_been_ready:
+                self._tell(event)
+
+    def _note_ready(self, replica: _Replica) -> None:
+        replica.is_ready = replica.has_been_ready = True
+        if self._was_ready:
+            took = time.monotonic() - replica.started_s
+            self._tell(Note(f"replica {replica.index} is back (pid {replica.pid}, {took:.1f} s)"))
+        elif all(r.is_ready for r in self._replicas):
+            self._was_ready = True
+            self._tell(Ready())
+
+    def _reap(self, replica: _Replica) -> None:
+        self._selector.unregister(replica.report_fd)
+        os.close(replica.report_fd)
+        _, status = os.waitpid(replica.pid, 0)
+        lived = time.monotonic() - replica.started_s
+        replica.failures = 0 if lived > STEADY_S and replica.is_ready else replica.failures + 1
+        wait = 0.0 if replica.failures <= 1 else min(MAX_BACKOFF_S, 0.1 * 2**replica.failures)
+        self._tell(Note(f"replica {replica.index} (pid {replica.pid}) {_how(status)}; restarting"))
+        replica.pid, replica.report_fd, replica.is_ready = 0, -1, False
+        replica.restart_s = time.monotonic() + wait
+
+    def _end(self, replica: _Replica) -> None:
+        if replica.pid:
+            os.kill(replica.pid, signal.SIGKILL)
+            self._selector.unregister(replica.report_fd)
+            os.close(replica.report_fd)
+            os.waitpid(replica.pid, 0)
+
+    def _stop(self) -> None:
+        for replica in self._replicas:
+            self._end(replica)
+
+    def _tell(self, event: Event) -> None:
+        self._supervisor.tell(event)
+
+    # --- in the fork ----------------------------------------------------------------------------
+
+    def _become(self, index: int, parent: int, report_fd: int) -> None:
+        """The forked process: never returns."""
+        code = 1
+        try:
+            leash(parent)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._supervisor.socket.close()
+            self._selector.close()
+            for other in self._replicas:
+                if other.report_fd >= 0:
+                    os.close(other.report_fd)
+            self._serve(index, report_fd)
+            code = 0
+        except (ModelLoadError, SettingsError, MemoryError) as error:
+            os.write(report_fd, encode_line(Failed(str(error) or "out of memory while loading the model")))
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _serve(self, index: int, report_fd: int) -> None:
+        assert self._engine is not None
+
+        def report(event: Event) -> None:
+            os.write(report_fd, encode_line(event))
+
+        server = self._server(
+            self._engine,
+            replica_id=f"local-{index}",
+            secret=self._secret,
+            listen=local_address(Path(self._settings.run_dir), index),
+            on_phase=lambda name, seconds: report(Phase(f"replica {index}", name, seconds)),
+        )
+        server.start()
+        report(Ready())
+        while True:
+            healthy, why = server.health()
+            if not healthy:
+                raise RuntimeError(f"replica {index} is sick: {why}")
+            os.write(report_fd, _PULSE + b"\n")
+            time.sleep(PULSE_S)
+
+
+def _how(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"exited with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+
+
+def main(argument: str) -> None:
+    """argument: RuntimeSettings as JSON."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to handle
+    runtime = LocalRuntime(msgspec.json.decode(argument, type=RuntimeSettings))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves `run` through its `finally`
+    runtime.preload()
+    runtime.run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

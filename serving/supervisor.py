@@ -1,0 +1,343 @@
+"""Owns the listening port and keeps the gateway and the replicas' runtime alive (C24).
+
+The supervisor imports neither torch nor ray: it binds, starts children, restarts them and stops
+them. Whatever fails below it, connections find the same listening socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+
+from serving import control
+from serving.child import Child, Launch
+from serving.config import ServeSettings
+from serving.errors import SettingsError
+from serving.found import Found
+
+BACKLOG: Final = 4096
+STOP_S: Final = 4.0
+MAX_EARLY_DEATHS: Final = 3
+_RUNTIME_MODULES: Final = {"ray": "serving.deployments.cluster", "local": "serving.local"}
+
+
+class View(Protocol):
+    """Where the supervisor's news go: a terminal, or a test."""
+
+    def phase(self, who: str, name: str, seconds: float) -> None:
+        """A part of the cold start is over."""
+
+    def log(self, source: str, line: str) -> None:
+        """One line of a child's output, or of the supervisor's own."""
+
+    def ready(self, url: str, seconds: float) -> None:
+        """A completion would be served now, `seconds` after the start."""
+
+
+class StartFailed(Exception):
+    """The service cannot start; the text says what to do."""
+
+
+FindModel = Callable[[], Path]
+"""Brings the model into the store; may take minutes. Runs in a thread."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The one listening socket. Raises SettingsError when the address cannot be bound."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise SettingsError(f"--host {host}: {error.strerror}") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except PermissionError:
+        listener.close()
+        raise SettingsError(f"--port {port}: only root may listen below 1024; choose another with --port") from None
+    except OSError as error:
+        listener.close()
+        if error.errno == 98:
+            raise SettingsError(
+                f"port {port} on {host} is taken by another process; stop it or choose another with --port"
+            ) from None
+        raise SettingsError(f"--host {host}, --port {port}: {error.strerror}") from None
+    listener.listen(BACKLOG)
+    return listener
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+class RunFolder:
+    """A private folder for one run's sockets and secrets; removed at the end, and by the next run
+    when this one was killed."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        # Paths of Unix sockets end at 107 bytes and Ray nests 70 below this one, so never a long TMPDIR.
+        root = root or Path(tempfile.gettempdir())
+        if len(str(root)) > 24:
+            root = Path("/tmp")
+        self._remove_abandoned(root)
+        self.path = Path(tempfile.mkdtemp(prefix="argosy-", dir=root))
+        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.secret = secrets.token_bytes(32)
+        self.secret_file = self.path / "secret"
+        self.secret_file.touch(0o600)
+        self.secret_file.write_bytes(self.secret)
+
+    @staticmethod
+    def _remove_abandoned(root: Path) -> None:
+        for folder in root.glob("argosy-????????"):
+            with contextlib.suppress(OSError):
+                if folder.stat().st_uid != os.getuid():
+                    continue
+                lock = os.open(folder / "lock", os.O_RDWR)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(lock)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+class Supervisor:
+    """One `argosy serve`.
+
+    find_model and check_model run in a thread while the runtime starts; the latter refuses a model
+    that cannot work here. The modules and `server` are replaced by tests.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        facts: Found,
+        *,
+        listener: socket.socket,
+        find_model: FindModel,
+        view: View,
+        gateway_module: str = "serving.gateway",
+        runtime_module: str | None = None,
+        server: str = control.DEFAULT_SERVER,
+    ) -> None:
+        self._settings = settings
+        self._facts = facts
+        self._listener = listener
+        self._find_model = find_model
+        self._view = view
+        self._server = server
+        self._begun = time.monotonic()
+        self.url = _url_of(listener)
+        self._folder = RunFolder()
+        self._directory_port = free_port() if settings.runtime == "ray" else 0
+        self.gateway = Child("gateway-0", gateway_module, log=view.log, on_exit=self._gateway_died)
+        self.runtime = Child(
+            settings.runtime,
+            runtime_module or _RUNTIME_MODULES[settings.runtime],
+            log=view.log,
+            on_exit=self._runtime_died,
+        )
+        self._order: control.Deploy | None = None
+        self._runtime_end: asyncio.StreamWriter | None = None
+        self._conversation: asyncio.Task[None] | None = None
+        self._replicas_ready = asyncio.Event()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._is_ready = False
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set.
+
+        Raises StartFailed, or what find_model raises, when the service cannot start. Nothing that
+        was started is left when this returns.
+        """
+        keepers = [
+            asyncio.create_task(self.runtime.keep(self._launch_runtime)),
+            asyncio.create_task(self.gateway.keep(self._launch_gateway)),
+        ]
+        serving = asyncio.create_task(self._serve())
+        stopping = asyncio.create_task(_wait(stop))
+        watched = [*keepers, serving, stopping, self._failure]
+        try:
+            done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            serving.cancel()
+            stopping.cancel()
+            await self._stop(keepers)
+            await asyncio.gather(serving, stopping, return_exceptions=True)
+
+    async def _serve(self) -> None:
+        """From nothing to the ready line; then only waits."""
+        begun = time.monotonic()
+        model_dir = await asyncio.to_thread(self._find_model)
+        self._view.phase("model", "pull and verify", time.monotonic() - begun)
+        engine = dataclasses.replace(
+            self._settings.engine, model_dir=str(model_dir), num_threads=self._facts.num_threads
+        )
+        self._order = control.Deploy(engine, self._settings.replicas)
+        self._send_order()
+        await self._replicas_ready.wait()
+        begun = time.monotonic()
+        while True:
+            if await self._is_serving():
+                break
+            await asyncio.sleep(0.05)
+        self._view.phase("gateway", "first contact", time.monotonic() - begun)
+        self._is_ready = True
+        self._view.ready(self.url, time.monotonic() - self._begun)
+        await asyncio.Event().wait()
+
+    async def _is_serving(self) -> bool:
+        """Whether the gateway says that a completion would be served."""
+        host, port = self._listener.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        try:
+            async with asyncio.timeout(2.0):
+                reader, writer = await asyncio.open_connection(host, port)
+                try:
+                    writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                    status = await reader.readline()
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError):
+            return False
+        return status.split(b" ")[1:2] == [b"200"]
+
+    # --- the gateway ------------------------------------------------------------------------------
+
+    def _launch_gateway(self) -> Launch:
+        settings = self._settings
+        is_local = settings.runtime == "local"
+        gateway = dataclasses.replace(
+            settings.gateway,
+            fd=self._listener.fileno(),
+            replicas=tuple(control.local_address(self._folder.path, i) for i in range(settings.replicas))
+            if is_local
+            else (),
+            directory_url=None if is_local else f"http://127.0.0.1:{self._directory_port}/directory",
+            secret=self._folder.secret.hex(),
+            cache_dir=str(Path(settings.store) / "assets"),
+        )
+        return Launch(msgspec.json.encode(gateway).decode(), fds=(self._listener.fileno(),))
+
+    def _gateway_died(self, code: int, failures: int) -> None:
+        self._report_death("the gateway", code, failures)
+
+    # --- the runtime ------------------------------------------------------------------------------
+
+    def _launch_runtime(self) -> Launch:
+        ours, theirs = socket.socketpair()
+        self._conversation = asyncio.create_task(self._converse(ours))
+        self._conversation.add_done_callback(lambda _: ours.close())  # also when it never began
+        runtime = control.RuntimeSettings(
+            run_dir=str(self._folder.path),
+            secret_file=str(self._folder.secret_file),
+            replicas=self._settings.replicas,
+            cores=self._facts.cores,
+            drain_timeout_s=self._settings.drain_timeout_s,
+            control_fd=theirs.fileno(),
+            directory_port=self._directory_port,
+            server=self._server,
+        )
+        return Launch(msgspec.json.encode(runtime).decode(), given=theirs)
+
+    async def _converse(self, end: socket.socket) -> None:
+        """Give the order to this start of the runtime and hear its events until it is gone."""
+        reader, writer = await asyncio.open_connection(sock=end, limit=control.MAX_LINE_BYTES)
+        self._runtime_end = writer
+        self._send_order()
+        try:
+            while line := await reader.readline():
+                self._hear(control.decode_event(line))
+        except ConnectionResetError:
+            return
+        finally:
+            writer.close()
+
+    def _send_order(self) -> None:
+        if self._order is not None and self._runtime_end is not None:
+            self._runtime_end.write(control.encode_line(self._order))
+
+    def _hear(self, event: control.Event) -> None:
+        match event:
+            case control.Phase(who, name, seconds):
+                self._view.phase(who, name, seconds)
+            case control.Ready():
+                self._replicas_ready.set()
+            case control.Note(text):
+                self._view.log("supervisor", text)
+            case control.Failed(text):
+                if self._is_ready:
+                    self._view.log("supervisor", text)
+                else:
+                    self._fail(text)
+
+    def _runtime_died(self, code: int, failures: int) -> None:
+        self._report_death(f"the {self._settings.runtime} runtime", code, failures)
+
+    # --- ends -------------------------------------------------------------------------------------
+
+    def _report_death(self, what: str, code: int, failures: int) -> None:
+        how = f"exited with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        self._view.log("supervisor", f"{what} {how}; restarting")
+        if not self._is_ready and failures >= MAX_EARLY_DEATHS:
+            self._fail(f"{what} ended {failures} times while starting; its last words are above")
+
+    def _fail(self, text: str) -> None:
+        if not self._failure.done():
+            self._failure.set_exception(StartFailed(text))
+
+    async def _stop(self, keepers: list[asyncio.Task[None]]) -> None:
+        """Ask, wait, kill: nothing survives, and it takes STOP_S at most and a little."""
+        self._listener.close()
+        self.gateway.stop()
+        self.runtime.stop()
+        if self._runtime_end is not None:
+            self._runtime_end.close()
+        for child, keeper in zip((self.runtime, self.gateway), keepers, strict=True):
+            if not child.pid:
+                keeper.cancel()
+        _, pending = await asyncio.wait(keepers, timeout=STOP_S)
+        if pending:
+            self.gateway.kill()
+            self.runtime.kill()
+        await asyncio.gather(*keepers, return_exceptions=True)
+        if self._conversation is not None:
+            self._conversation.cancel()
+            await asyncio.gather(self._conversation, return_exceptions=True)
+        if self._failure.done():
+            self._failure.exception()  # looked at, also when something else ended the run
+        self._folder.remove()
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
