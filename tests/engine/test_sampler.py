@@ -238,7 +238,8 @@ def test_huge_logits_and_extreme_parameters(temperature: float, top_p: float, to
     ]
     legal = [{0, 3}, {0, 1, 2, 3, 4}, {0}, {3}]
     penalised = {"repetition_penalty": 1e-3, "frequency_penalty": 2.0, "presence_penalty": -2.0}
-    for extra in ({}, {"logprobs": 3}, penalised, {"logit_bias": ((1, 100.0),)}):
+    vanishing = {"repetition_penalty": 1e-50}  # zero in float32
+    for extra in ({}, {"logprobs": 3}, penalised, vanishing, {"logit_bias": ((1, 100.0),)}):
         params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, **extra)
         sampler = make_sampler([params] * 4, 5, output_ids=int32(0, 3))
         sampled = sample(sampler, np.array(rows, np.float32), range(4), [2] * 4)

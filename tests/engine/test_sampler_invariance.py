@@ -31,7 +31,7 @@ class World:
     def step(self, selection: list[int]) -> dict[int, tuple[int, bytes | None]]:
         """Row -> (token, packed log-probabilities), sampled together with the others of the selection."""
         sampler = make_sampler(self.params, SIZE, prompt_ids=self.prompt_ids, output_ids=self.output_ids)
-        sampled = sample(sampler, self.logits[selection], selection, [9] * len(selection))
+        sampled = sample(sampler, self.logits[selection], selection, [9 + row % 5 for row in selection])
         logprobs = sampled.logprobs or {}
         return {row: (int(sampled.ids[at]), logprobs.get(at)) for at, row in enumerate(selection)}
 
@@ -74,7 +74,7 @@ def test_slots_and_scratch_memory_leave_no_trace() -> None:
         sample(sampler, world.logits[:8], range(8), [position] * 8)
     for slot, row in ((63, NUM_ROWS - 1), (0, NUM_ROWS - 2)):  # 0: over a row with other features
         rows.set_row(slot, world.params[row], world.prompt_ids, world.output_ids)
-        sampled = sample(sampler, world.logits[[row]], [slot], [9])
+        sampled = sample(sampler, world.logits[[row]], [slot], [9 + row % 5])
         assert (int(sampled.ids[0]), (sampled.logprobs or {}).get(0)) == fresh[row]
 
 
@@ -129,6 +129,13 @@ def test_a_cleared_slot_is_plain_greedy_again() -> None:
     sampled = sample(sampler, np.array([[0.0, 1.0, 2.0, 3.0]], np.float32), [1], [3])
     assert sampled.ids.tolist() == [3]
     assert sampled.logprobs is None
+    assert not rows.edits
+
+
+def test_a_slots_new_row_drops_the_counts_of_the_old_one() -> None:
+    rows = SamplingRows(1, 4, 4, (0,))
+    rows.set_row(0, SamplingParams(frequency_penalty=2.0), NO_IDS, int32(3, 3, 3))
+    rows.set_row(0, SamplingParams(), NO_IDS, NO_IDS)
     assert not rows.edits
 
 
