@@ -186,7 +186,7 @@ def decode_from_gateway(body: bytes | memoryview) -> FromGateway:
     """Raises WireError for anything that is not a known message."""
     try:
         return _from_gateway.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"not a gateway message: {error}") from None
 
 
@@ -194,7 +194,7 @@ def decode_from_replica(body: bytes | memoryview) -> FromReplica:
     """Raises WireError for anything that is not a known message."""
     try:
         return _from_replica.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"not a replica message: {error}") from None
 
 
@@ -242,7 +242,12 @@ def unpack_ids(data: bytes) -> array[int]:
 
 
 def unpack_logprobs(data: bytes) -> tuple[float, list[tuple[int, float]]]:
-    """(logprob of the sampled token, [(token id, logprob), …] best first) of a Step entry."""
+    """(logprob of the sampled token, [(token id, logprob), …] best first) of a Step entry.
+
+    Raises WireError when the length is not 4 bytes and a multiple of 8.
+    """
+    if len(data) % 8 != 4:
+        raise WireError(f"log-probabilities of {len(data)} bytes: not 4 and a multiple of 8")
     count = (len(data) - 4) // 8
     values = struct.unpack(f"<f{'If' * count}", data)
     return values[0], list(zip(values[1::2], values[2::2], strict=True))
