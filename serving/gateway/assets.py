@@ -13,7 +13,6 @@ from pathlib import Path
 from serving.errors import NoCapacity
 from serving.gateway.link import Link
 from serving.types import ModelCard
-from serving.wire import Asset
 
 logger = logging.getLogger("argosy.gateway")
 
@@ -72,23 +71,23 @@ class Assets:
         give_up_at = asyncio.get_running_loop().time() + FETCH_TIMEOUT_S
         while asyncio.get_running_loop().time() < give_up_at:
             for link in list(self._links(card.fingerprint)):
-                asset = await _ask(link, name)
-                if asset is None:
+                data = await _ask(link, name)
+                if data is None:
                     continue
-                if hashlib.sha256(asset.data).hexdigest() == sha256:
-                    await asyncio.to_thread(_store, path, asset.data)
+                if hashlib.sha256(data).hexdigest() == sha256:
+                    await asyncio.to_thread(_store, path, data)
                     return path
                 logger.warning("replica %s: asset %s differs from its card", link.replica, name)
             await asyncio.sleep(RETRY_S)
         raise NoCapacity(f"No replica delivered the model's file {name}.", retry_after_s=5.0, reason="no_endpoints")
 
 
-async def _ask(link: Link, name: str) -> Asset | None:
-    answer: asyncio.Future[Asset | None] = asyncio.get_running_loop().create_future()
+async def _ask(link: Link, name: str) -> bytes | None:
+    answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
 
-    def done(asset: Asset | None) -> None:
+    def done(data: bytes | None) -> None:
         if not answer.done():
-            answer.set_result(asset)
+            answer.set_result(data)
 
     link.request_asset(name, done)
     try:

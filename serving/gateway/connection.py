@@ -84,6 +84,11 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def _write(self, frame: bytes) -> None:
+        transport = self._transport
+        if transport is not None and not transport.is_closing():  # else its rows are about to come back
+            transport.write(frame)
+
     def _fail(self, error: wire.WireError) -> None:
         if self._link is not None:
             self._link.end(Cause.FAULTY, str(error))
@@ -102,14 +107,12 @@ class Connection(asyncio.Protocol):
         if not wire.is_proof(self._secret, "replica", self._nonce, message.nonce, message.mac):
             raise wire.WireError("the replica does not know the secret")
         _check_card(message.card)
-        transport = self._transport
-        assert transport is not None  # data came through it
-        transport.write(wire.encode(wire.Prove(wire.prove(self._secret, "gateway", self._nonce, message.nonce))))
+        self._write(wire.encode(wire.Prove(wire.prove(self._secret, "gateway", self._nonce, message.nonce))))
         self._link = Link(
             message,
             self._owner,
-            write=transport.write,
-            abort=transport.abort,
+            write=self._write,
+            abort=self.abort,
             defer=self._loop.call_soon,
             clock=self._clock,
         )

@@ -19,6 +19,7 @@ from serving.types import NO_LOGPROBS, FinishReason
 logger = logging.getLogger("argosy.gateway")
 
 MAX_HANDLE = (1 << 32) - 1
+MAX_ASSET_BYTES = 256 << 20
 ROW_TOKENS = 256
 """A row counts in `load` as much as this many prompt tokens that are still to be computed."""
 
@@ -90,7 +91,8 @@ class Link:
         self._rows: dict[int, Ticket] = {}
         self._appends: dict[int, Callable[[int], None]] = {}
         self._cancels: list[int] = []
-        self._asset_waiters: dict[str, list[Callable[[wire.Asset | None], None]]] = {}
+        self._assets: dict[str, bytearray] = {}  # on their way
+        self._asset_waiters: dict[str, list[Callable[[bytes | None], None]]] = {}
 
     # --- what the router asks ---------------------------------------------------------------------
 
@@ -161,7 +163,7 @@ class Link:
         if self.cause is None:
             self._write(wire.encode(wire.Cancel(handles)))
 
-    def request_asset(self, name: str, done: Callable[[wire.Asset | None], None]) -> None:
+    def request_asset(self, name: str, done: Callable[[bytes | None], None]) -> None:
         """Asks for a file of the model card; `done` gets it, or None when the link ends first."""
         if self.cause is not None:
             done(None)
@@ -186,6 +188,7 @@ class Link:
         waiters, self._asset_waiters = self._asset_waiters, {}
         for done in [done for waiting in waiters.values() for done in waiting]:
             done(None)
+        self._assets.clear()
         self._owner.ended(self, cause, tickets)
 
     # --- from the replica -------------------------------------------------------------------------
@@ -209,8 +212,7 @@ class Link:
         elif type(message) is wire.Reject:
             self._reject(message)
         elif type(message) is wire.Asset:
-            for done in self._asset_waiters.pop(message.name, ()):
-                done(message)
+            self._asset(message)
         else:
             raise wire.WireError(f"unexpected {type(message).__name__}")
 
@@ -276,12 +278,13 @@ class Link:
 
     def _journal_logprobs(self, entries: list[tuple[int, bytes]], handles: list[int]) -> None:
         """Checked whole before the first is kept: they stand beside tokens that are not yet journalled."""
+        in_order = sorted(entries)
         previous = -1
-        for index, packed in entries:
+        for index, packed in in_order:
             if not previous < index < len(handles) or len(packed) % 8 != 4:
                 raise wire.WireError(f"logprobs entry {index} of {len(handles)} tokens, {len(packed)} bytes")
             previous = index
-        for index, packed in entries:
+        for index, packed in in_order:
             ticket = self._rows.get(handles[index])
             if ticket is not None and ticket.choice.sampling.logprobs != NO_LOGPROBS:
                 ticket.choice.logprobs.append(packed)
@@ -344,6 +347,21 @@ class Link:
             return
         self._release(ticket)
         self._owner.rejected(self, ticket, reject)
+
+    def _asset(self, piece: wire.Asset) -> None:
+        if piece.name not in self._asset_waiters:
+            return  # whoever asked has got it already
+        if piece.offset == 0:
+            self._assets[piece.name] = bytearray()
+        data = self._assets.get(piece.name)
+        total = piece.total or len(piece.data)
+        if data is None or piece.offset != len(data) or len(data) + len(piece.data) > total or total > MAX_ASSET_BYTES:
+            raise wire.WireError(f"asset {piece.name!r}: {len(piece.data)} bytes at {piece.offset} of {total}")
+        data += piece.data
+        if len(data) == total:
+            del self._assets[piece.name]
+            for done in self._asset_waiters.pop(piece.name):
+                done(bytes(data))
 
     def refuse_until_beat(self) -> None:
         """The replica took back a permit: offer it nothing until it has spoken again."""

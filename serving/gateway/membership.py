@@ -129,10 +129,10 @@ class Membership:
                 quarantine.reset()
             if link.cause is Cause.FAULTY:
                 await asyncio.sleep(quarantine.next_s())
-            elif self._clock() - link.opened_at > MAX_BACKOFF_S:
+                continue
+            if link.pulse.last_beat is not None:
                 backoff.reset()
-            else:
-                await asyncio.sleep(backoff.next_s())
+            await asyncio.sleep(backoff.next_s())
         logger.info("replica %s: dropped, neither listed nor reachable", replica.id or replica.endpoint)
         del self._fleet.replicas[replica.endpoint]
         del self._tasks[replica.endpoint]

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable
 
-from serving.errors import ArgosyError, DeadlineExceeded, EngineError, GenerationTimeout, NoCapacity
+from serving.errors import ArgosyError, DeadlineExceeded, EngineError, GenerationTimeout, InvalidRequest, NoCapacity
 from serving.gateway import routing
 from serving.gateway.deadlines import Deadlines
 from serving.gateway.fleet import Fleet
@@ -27,8 +27,10 @@ from serving.wire import Reject, WireError
 logger = logging.getLogger("argosy.gateway")
 
 TICK_S = 0.025
-RETRYABLE = frozenset({"draining", "overfull", "no_capacity"})
+RETRYABLE = frozenset({"draining", "overfull", "no_capacity", "not_granted"})
 """Codes of a Reject that say "not here, not now": the choice goes back to the front of the queue."""
+ENGINE_FAULT = "engine_fault"
+"""Code of a Reject after unusable logits (F8): another replica may do better, within the bound of D7."""
 
 
 def _error_classes(root: type[ArgosyError]) -> dict[str, type[ArgosyError]]:
@@ -39,7 +41,7 @@ def _error_classes(root: type[ArgosyError]) -> dict[str, type[ArgosyError]]:
     return found
 
 
-_ERRORS = _error_classes(ArgosyError)
+_ERRORS = _error_classes(ArgosyError) | {"request_too_large": InvalidRequest}
 
 
 @dataclasses.dataclass(slots=True)
@@ -109,7 +111,8 @@ class Placement:
             raise DeadlineExceeded("The request's deadline passed before it was queued.", reason="ttl")
         fingerprint = request.card.fingerprint
         queue = self._queue(fingerprint)
-        num_choices = len(request.choices)
+        choices = [choice for choice in request.choices if not choice.is_done]
+        num_choices = len(choices)
         if len(queue) + num_choices > queue.max_len:
             permits = sum(link.num_permits for link in self.fleet.links(fingerprint) if link.can_take)
             try:
@@ -119,7 +122,7 @@ class Placement:
                 raise
         job = Job(request)
         expires = min(request.deadline, now + self._queue_timeout_s)
-        for choice in request.choices:
+        for choice in choices:
             ticket = Ticket(
                 choice=choice,
                 job=job,
@@ -188,12 +191,19 @@ class Placement:
     def rejected(self, link: Link, ticket: Ticket, reject: Reject) -> None:
         """See `LinkOwner`."""
         self.counts.rejected += 1
+        now = self._clock()
         if reject.code in RETRYABLE:
             link.refuse_until_beat()
             self._requeue(ticket, ticket.enqueued_at)
-            self._pump(link.card.fingerprint, self._clock())
-            return
-        self._fail(ticket, _error_of(reject))
+        elif reject.code == ENGINE_FAULT:
+            ticket.job.record_death()
+            if ticket.job.is_convicted:
+                self._convict(ticket.job)
+            else:
+                self._resume(ticket, now)
+        else:
+            self._fail(ticket, _error_of(reject))
+        self._pump(link.card.fingerprint, now)
 
     def ended(self, link: Link, cause: Cause, tickets: list[Ticket]) -> None:
         """Its choices go on elsewhere, from their journals (C2)."""
@@ -212,9 +222,7 @@ class Placement:
                 job.record_death()
         for ticket in tickets:
             if not ticket.choice.is_done:
-                ticket.choice.num_resumes += 1
-                self.counts.resumed += 1
-                self._requeue(ticket, now)
+                self._resume(ticket, now)
         for ticket in complete:
             if not ticket.is_over:
                 self.finished(ticket)
@@ -290,6 +298,11 @@ class Placement:
             self.counts.started += 1
             self._deadlines.move(ticket, ticket.job.request.deadline)
 
+    def _resume(self, ticket: Ticket, now: float) -> None:
+        ticket.choice.num_resumes += 1
+        self.counts.resumed += 1
+        self._requeue(ticket, now)
+
     def _requeue(self, ticket: Ticket, waits_since: float) -> None:
         """Back to the front, in order of arrival, with a new limit of waiting counted from `waits_since`."""
         now = self._clock()
@@ -338,5 +351,5 @@ def _shutting_down() -> NoCapacity:
 def _error_of(reject: Reject) -> ArgosyError:
     cls = _ERRORS.get(reject.code)
     if cls is None:
-        return EngineError(reject.message)
-    return cls(reject.message, param=reject.param)
+        return EngineError(reject.message, code=reject.code)
+    return cls(reject.message, param=reject.param, code=reject.code)
