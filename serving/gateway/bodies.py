@@ -77,6 +77,7 @@ class ChatBody:
     messages: tuple[Message, ...]
     add_generation_prompt: bool
     continue_final_message: bool
+    template_kwargs: dict[str, Any]
     generation: Generation
 
 
@@ -113,7 +114,13 @@ def parse_chat(body: Any, limits: Limits, is_lenient: bool = False) -> ChatBody:
         message = "'continue_final_message' needs a last message of role 'assistant'."
         raise InvalidRequest(message, param="continue_final_message")
     _check_num_choices(1, generation.n)
-    return ChatBody(messages, values["add_generation_prompt"], values["continue_final_message"], generation)
+    return ChatBody(
+        messages,
+        values["add_generation_prompt"],
+        values["continue_final_message"],
+        values["chat_template_kwargs"],
+        generation,
+    )
 
 
 def _generation(
@@ -257,4 +264,4 @@ def _content(param: str, value: Any) -> str:
                 unknown = f"{inner}.{name[:64]}"
                 raise UnsupportedParameter(f"Unsupported parameter: '{unknown}'.", param=unknown)
         parts.append(text(f"{inner}.text", part.get("text")))
-    return "".join(parts)
+    return "\n".join(parts)

@@ -3,31 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
 
+from serving.gateway.text.detokenizer import Detokenizer
+from serving.gateway.text.stop import StopMatcher
 from serving.types import ModelCard, SamplingParams
-
-
-class Detokenizer(Protocol):
-    """Text of a growing token sequence; never half a UTF-8 character."""
-
-    def feed(self, token_id: int) -> str: ...
-
-    def finish(self) -> str:
-        """What was held back for an incomplete character."""
-        ...
-
-
-class StopMatcher(Protocol):
-    """Finds the earliest stop string in a growing text, holding back what may begin one."""
-
-    def feed(self, text: str) -> tuple[str, str | None]:
-        """(text that may be shown, the stop string that has been found)."""
-        ...
-
-    def finish(self) -> str:
-        """What was held back, when no more text comes."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +37,8 @@ class Continuation:
         "_detokenizer",
         "_ending",
         "_matcher",
+        "_max_tokens",
+        "_push",
         "_stop_ids",
         "decoded_len",
         "finish_reason",
@@ -68,7 +49,9 @@ class Continuation:
     def __init__(self, ending: Ending, detokenizer: Detokenizer, matcher: StopMatcher | None) -> None:
         self._ending = ending
         self._stop_ids = ending.stop_ids
+        self._max_tokens = ending.max_tokens
         self._detokenizer = detokenizer
+        self._push = detokenizer.push
         self._matcher = matcher
         self.num_tokens = 0
         self.decoded_len = 0  # characters of all text so far, shown or held back
@@ -83,11 +66,11 @@ class Continuation:
             if self.stop_reason is None and token_id not in self._ending.eos_ids:
                 self.stop_reason = token_id
             return text
-        text = self._detokenizer.feed(token_id)
+        text = self._push(token_id)
         self.decoded_len += len(text)
         if self._matcher is not None:
             text = self._match(text)
-        if self.num_tokens >= self._ending.max_tokens and self.finish_reason is None:
+        if self.num_tokens >= self._max_tokens and self.finish_reason is None:
             text += self._finish("length")
         return text
 
@@ -112,5 +95,5 @@ class Continuation:
         self.finish_reason = reason
         text = self._match(rest)
         if self._matcher is not None and self.stop_reason is None:
-            text += self._matcher.finish()
+            text += self._matcher.flush()
         return text

@@ -236,6 +236,26 @@ class StreamOptions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TemplateKwargs:
+    """Switches of the model's chat template."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("enable_thinking", "thinking")
+
+    def check(self, param: str, value: Any, limits: Limits) -> dict[str, bool]:
+        if not isinstance(value, dict):
+            raise wrong_type(param, "an object", value)
+        for name, item in value.items():
+            inner = f"{param}.{name[:64]}"
+            if name not in self.NAMES:
+                raise UnsupportedParameter(f"Unsupported parameter: '{inner}'.", param=inner)
+            Bool().check(inner, item, limits)
+        return dict(value)
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": "object", "properties": list(self.NAMES)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Metadata:
     """OpenAI's metadata: up to 16 pairs of strings. It carries no behaviour."""
 

@@ -1,0 +1,34 @@
+"""Reading a request's body: bounded as it arrives, decoded by our own rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from serving.errors import PayloadTooLarge, UnsupportedMediaType
+from serving.gateway.strict_json import decode
+
+
+async def read_json(request: Request, max_bytes: int) -> Any:
+    """The decoded JSON body.
+
+    Raises UnsupportedMediaType for a compressed body, PayloadTooLarge above max_bytes, InvalidJson,
+    and ClientDisconnect when the client leaves before its body is complete.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise UnsupportedMediaType(f"Content-Encoding {encoding[:32]!r} is not accepted; send the body uncompressed.")
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > max_bytes:
+            raise PayloadTooLarge(f"The request body exceeds the limit of {max_bytes} bytes.")
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return decode(b"".join(chunks))

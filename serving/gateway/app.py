@@ -1,0 +1,96 @@
+"""The application: every route, the one error handler and the wiring, in one builder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serving.config import GatewaySettings
+from serving.errors import ArgosyError
+from serving.gateway.admission import Admission
+from serving.gateway.api import chat, completions, models, operations
+from serving.gateway.clock import Clock, Ids
+from serving.gateway.envelope import Envelope
+from serving.gateway.faults import error_response
+from serving.gateway.gateway import DataPlane, Gateway
+from serving.gateway.language import Language, Languages
+from serving.gateway.sse import Heartbeat
+from serving.gateway.tenants import Tenants
+from serving.metrics import Metrics
+from serving.types import ModelCard
+
+
+def build_app(
+    settings: GatewaySettings,
+    dispatch: DataPlane,
+    *,
+    clock: Clock | None = None,
+    ids: Ids | None = None,
+    load_language: Callable[[ModelCard], Awaitable[Language]] | None = None,
+    heartbeat: Heartbeat | None = None,
+) -> FastAPI:
+    """The gateway as an ASGI application; `app.state.gateway` is its Gateway.
+
+    Its lifespan starts and closes `dispatch`. clock, ids, heartbeat and load_language are injected
+    by tests.
+    """
+    clock = clock or Clock()
+
+    async def load(card: ModelCard) -> Language:
+        return await Language.load(card, dispatch)
+
+    gateway = Gateway(
+        settings=settings,
+        dispatch=dispatch,
+        languages=Languages(load_language or load),
+        clock=clock,
+        ids=ids or Ids(settings.name),
+        metrics=Metrics(),
+        tenants=Tenants(settings.secret),
+        admission=Admission(),
+        heartbeat=heartbeat or Heartbeat(),
+        created=clock.steady(),
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await dispatch.start()
+        beating = asyncio.create_task(gateway.heartbeat.run())
+        try:
+            yield
+        finally:
+            beating.cancel()
+            gateway.languages.close()
+            await dispatch.close()
+
+    async def answer(request: Request, raised: Exception) -> Response:
+        return error_response(raised, request, gateway.metrics)
+
+    app = FastAPI(
+        title="Argosy",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[
+            Middleware(
+                Envelope,
+                metrics=gateway.metrics,
+                draw_id=lambda: gateway.ids.request("req"),
+                monotonic=clock.monotonic,
+            )
+        ],
+        exception_handlers={ArgosyError: answer, HTTPException: answer, RequestValidationError: answer},
+    )
+    app.state.gateway = gateway
+    for routes in (completions, chat, models, operations):
+        app.include_router(routes.router(gateway))
+    return app

@@ -1,0 +1,146 @@
+"""One request between its client and the data plane: what has changed, and who must be told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+
+from serving.gateway.rendering import Rendering
+from serving.gateway.streams import Choice, Dispatcher, Request
+from serving.metrics import RequestMeter
+
+DRAIN_BYTES = 16 << 10
+"""Rendered at a time: what a client may have unsent stays near one buffer."""
+
+
+class Exchange:
+    """Owns a submitted request until it ends: drains its journals, cancels what nobody reads.
+
+    The event loop calls `_on_progress` once per choice and engine frame; the one task that serves
+    the client sleeps in `wait` and then renders everything that has grown.
+    """
+
+    def __init__(
+        self, request: Request, renderings: Sequence[Rendering], dispatcher: Dispatcher, meter: RequestMeter
+    ) -> None:
+        self.request = request
+        self.renderings = renderings
+        self.meter = meter
+        self.has_left = False  # the client is gone: nothing more is rendered
+        self._dispatcher = dispatcher
+        self._loop = asyncio.get_running_loop()
+        self._time = self._loop.time
+        self._dirty: deque[Rendering] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._num_open = len(renderings)
+        self._of_choice = {rendering.choice: rendering for rendering in renderings}
+        request.on_progress = self._on_progress
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every choice has been rendered to its end."""
+        return self._num_open == 0
+
+    @property
+    def is_started(self) -> bool:
+        """Whether any choice has a token."""
+        return any(rendering.choice.output_ids for rendering in self.renderings)
+
+    @property
+    def queue_position(self) -> tuple[int, float] | None:
+        return self._dispatcher.queue_position(self.request)
+
+    def submit(self) -> None:
+        """Queue the choices that want tokens; end the others here. Raises NoCapacity."""
+        for rendering in self.renderings:
+            if rendering.choice.finish is not None:
+                self._mark(rendering)
+        if any(choice.finish is None for choice in self.request.choices):
+            self._dispatcher.submit(self.request)
+
+    def _on_progress(self, choice: Choice) -> None:
+        rendering = self._of_choice[choice]
+        num_new = len(choice.output_ids) - rendering.num_known
+        if num_new:
+            now = self._time()
+            grown_at = rendering.grown_at
+            self.meter.on_tokens(num_new, None if grown_at is None else now - grown_at, now)
+            rendering.grown_at = now
+            rendering.num_known += num_new
+        if not (rendering.is_dirty or rendering.is_over):
+            self._mark(rendering)
+
+    def _mark(self, rendering: Rendering) -> None:
+        rendering.is_dirty = True
+        self._dirty.append(rendering)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let `wait` return."""
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Until there is something to render or somebody woke us."""
+        if self.has_left:
+            return
+        if self._dirty:
+            await asyncio.sleep(0)
+            return
+        waiter = self._waiter = self._loop.create_future()
+        await waiter
+
+    def render(self) -> bytes:
+        """About DRAIN_BYTES of events, in order per choice; b"" when nothing shows yet.
+
+        Raises the ArgosyError of a choice that failed, after the events before it; every other
+        choice is then cancelled.
+        """
+        dirty = self._dirty
+        data = b""
+        while dirty and len(data) < DRAIN_BYTES:
+            rendering = dirty.popleft()
+            event = rendering.drain(DRAIN_BYTES)
+            data = data + event if data else event
+            if rendering.is_over:
+                self._end(rendering)
+            elif rendering.has_more:
+                dirty.append(rendering)
+                if not event:
+                    break  # a long stretch that shows nothing: let others run
+                continue
+            elif rendering.choice.error is not None:
+                if data:
+                    dirty.appendleft(rendering)
+                    return data
+                self.leave()
+                raise rendering.choice.error
+            rendering.is_dirty = False
+        return data
+
+    def _end(self, rendering: Rendering) -> None:
+        self._num_open -= 1
+        choice = rendering.choice
+        if not choice.is_done:
+            self._dispatcher.cancel(choice)
+        self.meter.on_choice_end(rendering.continuation.finish_reason or "unknown", choice.num_resumes)
+
+    def close(self, is_disconnect: bool) -> None:
+        """Measure the request's end. Idempotent."""
+        choices = self.request.choices
+        prompt_tokens = sum(len(choice.prompt_ids) // 4 for choice in choices)
+        cached_tokens = sum(choice.cached_tokens or 0 for choice in choices)
+        self.meter.on_end(self._time(), prompt_tokens, cached_tokens, is_disconnect)
+
+    def leave(self) -> None:
+        """Nobody reads on: cancel every unfinished choice, now. Idempotent."""
+        if not self.has_left:
+            self.has_left = True
+            for rendering in self.renderings:
+                if not rendering.is_over and not rendering.choice.is_done:
+                    self._dispatcher.cancel(rendering.choice)
+        self.wake()

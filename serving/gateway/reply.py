@@ -1,0 +1,95 @@
+"""Replies to generation requests, and what they share: the watch on the client.
+
+A client may leave at any moment, streamed or not. One task per request waits for that and cancels
+the choices at once (C22), whatever the reply itself is doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serving.errors import ArgosyError
+from serving.gateway.exchange import Exchange
+
+CLIENT = logging.getLogger("argosy.client")
+
+
+class ClientConnection(Protocol):
+    """The connection under a reply, where the server offers it (http.py)."""
+
+    def abort(self) -> None:
+        """Drop what is unsent and close."""
+        ...
+
+    def break_off(self) -> None:
+        """Send what is unsent, then close without the end of the body."""
+        ...
+
+
+class Reply(Response):
+    """Serves an exchange to its client; subclasses say how."""
+
+    def __init__(self, exchange: Exchange, headers: dict[str, str]) -> None:
+        # no body here: `serve` sends it
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.exchange = exchange
+        self.connection: ClientConnection | None = None
+        self.init_headers(headers)
+
+    def init_headers(self, headers: dict[str, str] | None = None) -> None:  # type: ignore[override]
+        super().init_headers(headers)
+        self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.connection = scope.get("extensions", {}).get("argosy.connection")
+        watch = asyncio.create_task(self._watch(receive))
+        is_disconnect = True
+        try:
+            await self.serve(scope, receive, send)
+            is_disconnect = self.exchange.has_left
+        except ArgosyError:
+            is_disconnect = False
+            raise
+        finally:
+            watch.cancel()
+            self.exchange.leave()
+            self.exchange.close(is_disconnect)
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.exchange.leave()
+
+
+class WholeReply(Reply):
+    """One JSON document when every choice has ended."""
+
+    media_type = "application/json"
+
+    def __init__(self, exchange: Exchange, headers: dict[str, str], document: Callable[[], bytes]) -> None:
+        super().__init__(exchange, headers)
+        self._document = document
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = self.exchange
+        while True:
+            exchange.render()  # reads the journals as they grow: stop strings end a choice early
+            if exchange.is_over:
+                break
+            await exchange.wait()
+            if exchange.has_left:
+                return
+        await Response(self._document(), headers=dict(self.headers), media_type="application/json")(
+            scope, receive, send
+        )
