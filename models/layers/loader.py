@@ -40,10 +40,14 @@ class Loader:
 
     def vector(self, name: str, size: int, rows: range | None = None) -> torch.Tensor:
         """A norm weight or bias, in the activations' type."""
-        read = self.reader.read(self.prefix + name, (size,), rows)
-        return read.to(device=self.device, dtype=self.kernels.activation_dtype, copy=True)
+        vector = torch.empty(
+            size if rows is None else len(rows), dtype=self.kernels.activation_dtype, device=self.device
+        )
+        self.reader.read_into(vector, self.prefix + name, (size,), rows)
+        return vector
 
-    def table(self, name: str, shape: tuple[int, int], rows: range | None = None) -> torch.Tensor:
-        """A matrix that is indexed, not multiplied, in the weights' type."""
-        read = self.reader.read(self.prefix + name, shape, rows)
-        return read.to(device=self.device, dtype=self.dtype, copy=True)
+    def table(self, name: str, shape: tuple[int, int], rows: range) -> torch.Tensor:
+        """Rows of a matrix that is indexed, not multiplied, in the weights' type."""
+        table = torch.empty(len(rows), shape[1], dtype=self.dtype, device=self.device)
+        self.reader.read_into(table, self.prefix + name, shape, rows)
+        return table

@@ -25,7 +25,7 @@ class Unquantized:
         out_features, in_features = sum(rows for rows, _ in shapes), shapes[0][1]
         stacked = torch.empty(out_features, in_features, dtype=self._dtype, device=self._device)
         for part, into in zip(parts, torch.split(stacked, [rows for rows, _ in shapes]), strict=True):
-            into.copy_(reader.read(f"{part.name}.weight", part.shape, part.rows, part.columns))
+            reader.read_into(into, f"{part.name}.weight", part.shape, part.rows, part.columns)
         return UnquantizedWeight(self._kernels, stacked)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,37 @@ def test_progress_rises_to_the_total(folder: Path) -> None:
     assert done[-1] == sum(tensor.nbytes for tensor in load_file(folder / SINGLE_FILE).values())
 
 
-def test_a_rank_reads_its_rectangle_only(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [None, range(10, 30), range(79, 80), range(0)])
+@pytest.mark.parametrize("columns", [None, range(48, 97), range(1)])
+def test_a_rank_keeps_its_rectangle_only(
+    folder: Path, dtype: torch.dtype, rows: range | None, columns: range | None
+) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
-    whole = load_file(folder / SINGLE_FILE)[name]
+    expected = load_file(folder / SINGLE_FILE)[name]
+    expected = expected if rows is None else expected[rows.start : rows.stop]
+    expected = expected if columns is None else expected[:, columns.start : columns.stop]
+    out = torch.full(expected.shape, torch.nan, dtype=dtype)
     with Checkpoint(folder) as checkpoint:
-        part = checkpoint.read(name, (80, 97), rows=range(10, 30), columns=range(48, 97))
-        assert torch.equal(part, whole[10:30, 48:97])
+        checkpoint.read_into(out, name, (80, 97), rows, columns)
+    assert torch.equal(out, expected.to(dtype))
+
+
+def test_large_tensors_are_converted_in_chunks(tmp_path: Path) -> None:
+    whole = torch.randn(70_001, 130)
+    save_file({"small": torch.ones(3), "large": whole}, tmp_path / SINGLE_FILE)
+    out = torch.empty(70_001, 130, dtype=torch.bfloat16)
+    with Checkpoint(tmp_path) as checkpoint:
+        checkpoint.read_into(out, "large", (70_001, 130))
+    assert torch.equal(out, whole.bfloat16())
+
+
+def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
+    with Checkpoint(folder) as checkpoint:
+        os.truncate(folder / SINGLE_FILE, 20_000)
+        with pytest.raises(ModelError, match=r"model.safetensors ends before its last tensor: it is truncated"):
+            checkpoint.read_into(torch.empty(131, 80), "lm_head.weight", (131, 80))
+            checkpoint.read_into(torch.empty(131, 80), "model.embed_tokens.weight", (131, 80))
 
 
 @pytest.mark.parametrize(
