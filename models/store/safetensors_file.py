@@ -129,7 +129,7 @@ def _entry(entry: Any, name: str, error: Callable[[str], StoreError]) -> tuple[s
     if not isinstance(entry, dict):
         raise error(f"tensor {name!r} is described by a {type(entry).__name__}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in BYTES_PER_ITEM:
+    if not isinstance(dtype, str) or dtype not in BYTES_PER_ITEM:
         raise error(f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(_is_size(dim) for dim in shape):
         raise error(f"tensor {name!r} has an impossible shape")

@@ -1,0 +1,107 @@
+"""Which folders the engine may load, and why others not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.store import StoreError
+from models.store.folder import INDEX, check_folder
+from tests.models.store.world import write_folder
+
+
+def shard(folder: Path, weight_map: dict[str, object]) -> Path:
+    """Turn the folder into a sharded one: `a` in the first file, `b` in the second, indexed as given."""
+    (folder / "model.safetensors").unlink()
+    save_file({"a": torch.zeros(2)}, folder / "model-1.safetensors")
+    save_file({"b": torch.zeros(2)}, folder / "model-2.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_whole_and_sharded_folders_pass(tmp_path: Path) -> None:
+    check_folder(write_folder(tmp_path / "whole"))
+    check_folder(shard(write_folder(tmp_path / "sharded"), {"a": "model-1.safetensors", "b": "model-2.safetensors"}))
+
+
+def test_files_that_nobody_loads_do_no_harm(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / "training_args.bin").write_bytes(b"\x80\x04")
+    (folder / "README.md").write_text("hello")
+    check_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl", "model.ckpt", "model.pth"])
+def test_weights_in_a_pickle_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(StoreError, match=f"'{name}', a pickle"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_remote_code_is_refused(tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / name).write_text(json.dumps({"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}))
+    with pytest.raises(StoreError, match=f"{name} asks for code of its own"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / missing).unlink()
+    with pytest.raises(StoreError, match=missing):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("config", ["[]", "{", "5", '{"model_type": 3}', '{"model_type": "../x"}', "[" * 50_000])
+def test_a_config_that_is_none_is_refused(tmp_path: Path, config: str) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / "config.json").write_text(config)
+    with pytest.raises(StoreError, match=r"config\.json"):
+        check_folder(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match=r"model\.safetensors is a link out of the folder"):
+        check_folder(folder)
+
+
+def test_a_link_within_the_folder_and_a_hub_caches_snapshot_pass(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "real.safetensors")
+    (folder / "model.safetensors").symlink_to("real.safetensors")
+    check_folder(folder)
+
+    blobs = tmp_path / "models--o--n" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot = write_folder(tmp_path / "models--o--n" / "snapshots" / "0123abc")
+    (snapshot / "model.safetensors").rename(blobs / "cafe")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/cafe")
+    check_folder(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({}, "no 'weight_map'"),
+        ({"a": "../../etc/model.safetensors"}, "not a safetensors file beside it"),
+        ({"a": "/etc/passwd"}, "not a safetensors file beside it"),
+        ({"a": "pytorch_model.bin"}, "not a safetensors file beside it"),
+        ({"a": 7}, "not a safetensors file beside it"),
+        ({"a": "model-9.safetensors"}, "the shard 'model-9.safetensors' is missing"),
+        ({"a": "model-1.safetensors", "c": "model-2.safetensors"}, "disagree about 'b'"),
+        ({"a": "model-1.safetensors", "b": "model-1.safetensors"}, "disagree about 'b'"),
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path: Path, weight_map: dict[str, object], message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        check_folder(shard(write_folder(tmp_path / "m"), weight_map))
