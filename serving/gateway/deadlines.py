@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 
 from serving.gateway.ticket import Ticket
 
@@ -25,6 +26,9 @@ class Deadlines:
         return sum(map(len, self._buckets.values()))
 
     def add(self, ticket: Ticket) -> None:
+        if ticket.expires == math.inf:
+            ticket.bucket = -1
+            return
         number = int(ticket.expires // self._tick_s)
         bucket = self._buckets.get(number)
         if bucket is None:
@@ -53,8 +57,8 @@ class Deadlines:
         while self._numbers and (self._numbers[0] + 1) * self._tick_s <= now:
             number = heapq.heappop(self._numbers)
             for ticket in self._buckets.pop(number):
-                if int(ticket.expires // self._tick_s) > number:
-                    self.add(ticket)
-                else:
+                if ticket.expires != math.inf and int(ticket.expires // self._tick_s) <= number:
                     expired.append(ticket)
+                else:
+                    self.add(ticket)
         return expired

@@ -69,11 +69,11 @@ class DrainRate:
         self._window_s = window_s
         self._busy_s = 0.0
         self._count = 0.0
-        self._last = -math.inf
+        self._last: float | None = None
 
     def observe(self, now: float, had_backlog: bool, num_left: int) -> None:
         """Something joined or left: `num_left` that had waited, after a time with or without a backlog."""
-        if had_backlog and now > self._last:
+        if had_backlog and self._last is not None and now > self._last:
             elapsed = now - self._last
             keep = math.exp(-elapsed / self._window_s)
             self._busy_s = self._busy_s * keep + elapsed
