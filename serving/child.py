@@ -37,6 +37,7 @@ class Child:
 
     Its output arrives line by line at `log`. on_exit(exit code, deaths in a row) is called after
     each exit, and with it the restart waits: not at all after a steady life, else up to 5 s.
+    orphan_signal is what the kernel sends it when the supervisor is gone.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Child:
         *,
         log: Log,
         on_exit: Callable[[int, int], None] | None = None,
+        orphan_signal: signal.Signals = signal.SIGKILL,
     ) -> None:
         self.name = name
         self.pid = 0  # 0 = not running
@@ -53,6 +55,7 @@ class Child:
         self._module = module
         self._log = log
         self._on_exit = on_exit
+        self._orphan_signal = orphan_signal
         self._failures = 0
         self._is_stopping = False
 
@@ -77,6 +80,7 @@ class Child:
                 "-m",
                 "serving.leash",
                 str(os.getpid()),
+                str(int(self._orphan_signal)),
                 self._module,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -99,6 +103,7 @@ class Child:
         try:
             return await process.wait()
         finally:
+            _kill_group(process.pid)  # what it started and left: Ray's agents outlive their raylet
             self.pid = 0
             # What it started may still hold the pipe: say what is there and go on.
             with contextlib.suppress(TimeoutError):
@@ -114,10 +119,10 @@ class Child:
         if rest:
             self._log(self.name, rest.decode(errors="replace"))
 
-    def stop(self) -> None:
-        """Ask it to end (SIGTERM) and do not start it again."""
+    def stop(self, *, ask: bool = True) -> None:
+        """Do not start it again, and ask it to end (SIGTERM) unless it learns that in another way."""
         self._is_stopping = True
-        if self.pid:
+        if ask and self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
 
@@ -125,5 +130,9 @@ class Child:
         """End it and everything in its process group at once."""
         self._is_stopping = True
         if self.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+            _kill_group(self.pid)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""`python -m serving.leash PARENT_PID MODULE`: run a module that dies with its parent (C24).
+"""`python -m serving.leash PARENT_PID SIGNAL MODULE`: run a module that dies with its parent (C24).
 
 The module's only argument is read from standard input and put into `sys.argv`, so that settings with
 secrets never stand in a process list. A child cannot be leashed by `preexec_fn`: code between fork
@@ -16,13 +16,13 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def leash(parent_pid: int) -> None:
-    """Have the kernel kill this process (SIGKILL) when the thread that started it is gone.
+def leash(parent_pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the thread that started it is gone.
 
     Exits at once if the parent died before the leash was on.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent_pid:
         os._exit(1)
@@ -30,8 +30,8 @@ def leash(parent_pid: int) -> None:
 
 def main() -> None:
     """Entry point of the leashed process."""
-    leash(int(sys.argv[1]))
-    module = sys.argv[2]
+    leash(int(sys.argv[1]), signal.Signals(int(sys.argv[2])))
+    module = sys.argv[3]
     sys.argv = [module, sys.stdin.read()]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

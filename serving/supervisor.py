@@ -164,6 +164,8 @@ class Supervisor:
             runtime_module or _RUNTIME_MODULES[settings.runtime],
             log=view.log,
             on_exit=self._runtime_died,
+            # Ray must be shut down by its driver: a killed one leaves agents that wait a day for GCS.
+            orphan_signal=signal.SIGTERM if settings.runtime == "ray" else signal.SIGKILL,
         )
         self._order: control.Deploy | None = None
         self._runtime_end: asyncio.StreamWriter | None = None
@@ -320,7 +322,7 @@ class Supervisor:
         """Ask, wait, kill: nothing survives, and it takes STOP_S at most and a little."""
         self._listener.close()
         self.gateway.stop()
-        self.runtime.stop()
+        self.runtime.stop(ask=False)  # the end of the conversation tells it; Ray prints a trace on SIGTERM
         if self._runtime_end is not None:
             self._runtime_end.close()
         for child, keeper in zip((self.runtime, self.gateway), keepers, strict=True):

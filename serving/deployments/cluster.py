@@ -1,0 +1,202 @@
+"""The Ray runtime: a private Ray cluster on loopback with Serve on it (`python -m serving.deployments.cluster`).
+
+A process of its own, because a Ray driver may be ended by Ray; the supervisor, which owns the
+listening port, must not be. All of Ray's variables are set here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import secrets
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from serving import config
+from serving.control import Deploy, Event, Failed, Note, Phase, Ready, RuntimeEnd, RuntimeSettings
+
+OBJECT_STORE_BYTES: Final = 100 << 20  # no tensor and no token ever passes through it
+WATCH_STARTING_S: Final = 0.1
+WATCH_STEADY_S: Final = 1.0
+
+
+def ray_environment(session: Path, token_file: Path) -> dict[str, str]:
+    """Ray's variables of every process of a local cluster. session: private folder of this start."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        # The only switch that lets a node listen on loopback; without it 127.0.0.1 is replaced by the
+        # machine's address, and GCS, raylet and workers bind every interface.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # With the default of 60 s every process ends itself a minute after GCS did (design, section 1).
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",
+        "RAY_gcs_storage": "rocksdb",
+        "RAY_gcs_storage_path": str(session / "gcs"),
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+def start_cluster(session: Path, *, cores: int, directory_port: int, tell: Any = lambda name, seconds: None) -> None:
+    """A Ray head and Serve's controller and proxy, in this process's charge. Must run in the main thread.
+
+    tell: (name of the phase, seconds)
+    """
+    session.mkdir(mode=0o700, exist_ok=True)
+    token_file = session / "token"
+    token_file.touch(0o600)
+    token_file.write_text(secrets.token_hex(32))
+    config.set_environment(ray_environment(session, token_file))
+
+    begun = time.monotonic()
+    import ray
+
+    tell("import", time.monotonic() - begun)
+    begun = time.monotonic()
+    ray.init(
+        num_cpus=cores,
+        num_gpus=0,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        namespace="serve",
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(session),
+    )
+    tell("cluster", time.monotonic() - begun)
+    begun = time.monotonic()
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": directory_port})
+    tell("serve", time.monotonic() - begun)
+
+
+def deploy(document: dict[str, Any]) -> None:
+    """Make the document (`app.serve_config`) what runs. Returns at once; Serve reconciles."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(document))
+
+
+class RayRuntime:
+    """Has Serve keep the replicas, and tells the supervisor what happens."""
+
+    def __init__(self, settings: RuntimeSettings) -> None:
+        self._settings = settings
+        self._supervisor = RuntimeEnd(settings.control_fd)
+        self._order: Deploy | None = None
+        self._was_ready = False
+        self._num_reports = 0
+        self._members: set[str] = set()
+
+    def run(self) -> None:
+        """Returns when told to stop, with the cluster gone."""
+        settings = self._settings
+        try:
+            start_cluster(
+                Path(settings.run_dir) / f"ray-{os.getpid()}",
+                cores=settings.cores,
+                directory_port=settings.directory_port,
+                tell=lambda name, seconds: self._tell(Phase("ray", name, seconds)),
+            )
+            signal.signal(signal.SIGTERM, _exit)  # Ray has put its own handler there
+            from serving.deployments.app import serve_config
+
+            deploy(serve_config(None))  # its worker starts while the model is still being verified
+            while True:
+                wait_s = WATCH_STEADY_S if self._was_ready else WATCH_STARTING_S
+                if select.select([self._supervisor.socket], [], [], wait_s)[0]:
+                    orders = self._supervisor.receive()
+                    if orders is None:
+                        return
+                    for order in orders:
+                        self._deploy(order)
+                self._watch()
+        finally:
+            import ray
+
+            ray.shutdown()
+
+    def _deploy(self, order: Deploy) -> None:
+        from serving.deployments.app import serve_config
+        from serving.deployments.replica import ReplicaArguments
+
+        self._order, self._was_ready, self._num_reports = order, False, 0
+        arguments = ReplicaArguments(
+            engine=order.engine,
+            secret_file=self._settings.secret_file,
+            drain_timeout_s=self._settings.drain_timeout_s,
+            server=self._settings.server,
+        )
+        # Half of what there is, so that a rolling update finds room for a second set.
+        share = round(self._settings.cores / (2 * order.replicas), 2)
+        deploy(serve_config(arguments, num_replicas=order.replicas, num_cpus=share))
+
+    def _watch(self) -> None:
+        listing = self._fetch("/directory?since=-1")
+        starts = self._fetch("/directory/starts")
+        if self._order is None or listing is None or starts is None:
+            return
+        for report in starts["reports"]:
+            if report["number"] > self._num_reports:
+                self._num_reports = report["number"]
+                self._hear(report)
+        members = {entry["id"] for entry in listing["replicas"] if entry["state"] == "ready"}
+        if not self._was_ready and len(members) >= self._order.replicas:
+            self._was_ready, self._members = True, members
+            self._tell(Ready())
+        elif self._was_ready and members != self._members:
+            for gone in sorted(self._members - members):
+                self._tell(Note(f"replica {gone} is gone"))
+            for new in sorted(members - self._members):
+                self._tell(Note(f"replica {new} is ready"))
+            self._members = members
+
+    def _hear(self, report: dict[str, Any]) -> None:
+        if report["failure"]:
+            self._tell(Failed(report["failure"]))
+        elif not self._was_ready:
+            self._tell(Phase(f"replica {report['replica']}", report["phase"], report["seconds"]))
+
+    def _fetch(self, path: str) -> Any:
+        """The directory's answer; None while it is not there."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._settings.directory_port, timeout=2.0)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            body = response.read()
+            return msgspec.json.decode(body) if response.status == 200 else None
+        except (OSError, http.client.HTTPException, msgspec.MsgspecError):
+            return None
+        finally:
+            connection.close()
+
+    def _tell(self, event: Event) -> None:
+        self._supervisor.tell(event)
+
+
+def _exit(*_: object) -> None:
+    sys.exit(0)  # leaves `run` through its `finally`
+
+
+def main(argument: str) -> None:
+    """argument: RuntimeSettings as JSON."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to handle
+    signal.signal(signal.SIGTERM, _exit)
+    RayRuntime(msgspec.json.decode(argument, type=RuntimeSettings)).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,131 @@
+"""Where the replicas are (C20): a one-replica Serve deployment at /directory on Serve's own proxy.
+
+`GET /directory?since=V` answers `{version, replicas: [{id, epoch, host, port, card, state}]}`: at once
+when the listing's version is not V, else as soon as it changes, or unchanged after `HOLD_S`. Replicas
+renew by handle every `RENEW_S`; an entry that nobody renewed for `EXPIRE_S` is dropped. Everything
+here is rebuilt by the next renewals after a restart, so nothing is stored.
+
+`GET /directory/starts` tells how replicas start, for whoever waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+RENEW_S: Final = 2.0
+EXPIRE_S: Final = 10.0
+HOLD_S: Final = 20.0
+MAX_ENTRIES: Final = 4096
+MAX_REPORTS: Final = 256
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica as the listing shows it."""
+
+    id: str
+    epoch: int
+    host: str
+    port: int
+    card: dict[str, Any]
+    state: str  # ready | draining
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """A phase of a replica's cold start, or why there was no next one."""
+
+    number: int
+    replica: str
+    phase: str
+    seconds: float = 0.0
+    failure: str = ""
+
+
+class Directory:
+    """The membership of one cluster. Every method runs on the deployment's event loop."""
+
+    def __init__(self) -> None:
+        # A restarted directory must not repeat a version that somebody waits on.
+        self._version = time.time_ns() // 1_000_000
+        self._entries: dict[str, tuple[Entry, float]] = {}
+        self._reports: collections.deque[Report] = collections.deque(maxlen=MAX_REPORTS)
+        self._num_reports = 0
+        self._changed = asyncio.Condition()
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def renew(self, entry: dict[str, Any]) -> None:
+        """A replica says that it is there. Raises msgspec.ValidationError, ValueError."""
+        self._start_sweeping()
+        new = msgspec.convert(entry, Entry)
+        old = self._entries.get(new.id)
+        if old is None and len(self._entries) >= MAX_ENTRIES:
+            raise ValueError(f"the directory holds its limit of {MAX_ENTRIES} replicas")
+        self._entries[new.id] = (new, time.monotonic())
+        if old is None or old[0] != new:
+            await self._bump()
+
+    async def leave(self, replica: str) -> None:
+        """A replica goes, after its drain."""
+        if self._entries.pop(replica, None) is not None:
+            await self._bump()
+
+    async def report(self, replica: str, phase: str, seconds: float, failure: str = "") -> None:
+        """A replica tells how its start goes."""
+        self._num_reports += 1
+        self._reports.append(
+            Report(number=self._num_reports, replica=replica, phase=phase, seconds=seconds, failure=failure)
+        )
+
+    async def __call__(self, request: Request) -> Response:
+        from starlette.responses import Response
+
+        if request.url.path.rstrip("/").endswith("/starts"):
+            body: Any = {"ready": len(self._entries), "reports": list(self._reports)}
+        else:
+            try:
+                since = int(request.query_params.get("since", "-1"))
+            except ValueError:
+                return Response('{"error": "since must be a whole number"}', 400, media_type="application/json")
+            body = await self.listing(since)
+        return Response(msgspec.json.encode(body), media_type="application/json")
+
+    async def listing(self, since: int, hold_s: float = HOLD_S) -> dict[str, Any]:
+        """What GET answers; waits up to `hold_s` while the version is still `since`."""
+        self._start_sweeping()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(hold_s), self._changed:
+                await self._changed.wait_for(lambda: self._version != since)
+        return {"version": self._version, "replicas": [entry for entry, _ in self._entries.values()]}
+
+    async def _bump(self) -> None:
+        async with self._changed:
+            self._version += 1
+            self._changed.notify_all()
+
+    def _start_sweeping(self) -> None:
+        if self._sweeper is None:  # not in __init__: it need not run on the loop
+            self._sweeper = asyncio.create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        looked_s = time.monotonic()
+        while True:
+            await asyncio.sleep(EXPIRE_S / 20)
+            now = time.monotonic()
+            if now - looked_s > 1.0 + EXPIRE_S / 20:
+                # We stood still ourselves: renewals wait unread, nobody has expired.
+                self._entries = {key: (entry, now) for key, (entry, _) in self._entries.items()}
+            looked_s = now
+            expired = [key for key, (_, renewed_s) in self._entries.items() if now - renewed_s > EXPIRE_S]
+            for key in expired:
+                del self._entries[key]
+            if expired:
+                await self._bump()

@@ -1,0 +1,124 @@
+"""A replica as a Ray Serve deployment: the engine's front, told of by the directory (C19, C20).
+
+Serve places, checks and stops it. No token passes through here: gateways talk to the engine's own
+socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import importlib
+import logging
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from ray import serve
+
+from serving.config import EngineSettings
+from serving.control import DEFAULT_SERVER
+from serving.deployments.directory import RENEW_S
+from serving.errors import ModelLoadError, SettingsError
+
+logger = logging.getLogger("ray.serve")
+
+DIRECTORY_APP: Final = "directory"
+DIRECTORY_DEPLOYMENT: Final = "Directory"
+CALL_TIMEOUT_S: Final = 2.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaArguments:
+    """Arguments of the Serve application, as they stand in its config."""
+
+    engine: EngineSettings
+    secret_file: str  # the secret itself stays out of Serve's config, logs and state
+    listen: str = "tcp:127.0.0.1:7600-7631"
+    drain_timeout_s: float = 30.0
+    server: str = DEFAULT_SERVER
+
+
+class Replica:
+    """One replica. Serve counts no request of it and sees it as idle: drain and health are ours."""
+
+    async def __init__(self, arguments: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._arguments = msgspec.convert(arguments, ReplicaArguments)
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._state = "ready"
+        self._server: Any = None
+        self._renewal: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
+
+        def on_phase(name: str, seconds: float) -> None:
+            asyncio.run_coroutine_threadsafe(self._tell("report", self._id, name, seconds), loop)
+
+        try:
+            # In a thread: this loop answers Serve's probes while the weights are read.
+            self._server = await asyncio.to_thread(self._load, on_phase)
+        except (ModelLoadError, SettingsError, MemoryError, ImportError) as error:
+            text = str(error) or "out of memory while loading the model"
+            await self._tell("report", self._id, "load", 0.0, text)
+            raise
+        await self._renew_once()
+        self._renewal = asyncio.create_task(self._renew())
+
+    def _load(self, on_phase: Any) -> Any:
+        arguments = self._arguments
+        module, name = arguments.server.split(":")
+        server = getattr(importlib.import_module(module), name)(
+            arguments.engine,
+            replica_id=self._id,
+            secret=Path(arguments.secret_file).read_bytes(),
+            listen=arguments.listen,
+            on_phase=on_phase,
+        )
+        server.start()
+        return server
+
+    async def check_health(self) -> None:
+        """Serve kills this replica when it raises: the step loop is the truth, not this loop."""
+        healthy, why = self._server.health()
+        if not healthy:
+            raise RuntimeError(f"replica {self._id} is sick: {why}")
+
+    async def __del__(self) -> None:
+        """Serve's graceful stop (C19a): say so, let the gateways move the rows, go."""
+        server = getattr(self, "_server", None)
+        if server is None:
+            return
+        self._state = "draining"
+        await self._renew_once()
+        await asyncio.to_thread(server.drain, self._arguments.drain_timeout_s)
+        if self._renewal is not None:
+            self._renewal.cancel()
+        await self._tell("leave", self._id)
+        await asyncio.to_thread(server.close)
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            await self._renew_once()
+
+    async def _renew_once(self) -> None:
+        _, host, port = self._server.address.split(":")
+        entry = {
+            "id": self._id,
+            "epoch": self._server.epoch,
+            "host": host,
+            "port": int(port),
+            "card": msgspec.to_builtins(self._server.card),
+            "state": self._state,
+        }
+        await self._tell("renew", entry)
+
+    async def _tell(self, method: str, *arguments: Any) -> None:
+        """Call the directory; its silence must never end or delay a replica."""
+        try:
+            handle = serve.get_deployment_handle(DIRECTORY_DEPLOYMENT, DIRECTORY_APP)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await getattr(handle, method).remote(*arguments)
+        except Exception as error:  # Ray raises many kinds; the next renewal comes anyway
+            with contextlib.suppress(Exception):
+                logger.warning("directory.%s: %s", method, error)
