@@ -17,14 +17,16 @@ class Unquantized:
     def __init__(self, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
         self.name = str(dtype).removeprefix("torch.")
         self._kernels = kernels
-        self._dtype = dtype
-        self._device = device
+        # Every weight is put together in the same memory: fresh pages cost more than the copy into them.
+        self._stacking = torch.empty(0, dtype=dtype, device=device)
 
     def load(self, reader: WeightReader, parts: Sequence[WeightPart]) -> UnquantizedWeight:
-        shapes = [part.part_shape for part in parts]
-        out_features, in_features = sum(rows for rows, _ in shapes), shapes[0][1]
-        stacked = torch.empty(out_features, in_features, dtype=self._dtype, device=self._device)
-        for part, into in zip(parts, torch.split(stacked, [rows for rows, _ in shapes]), strict=True):
+        heights = [part.part_shape[0] for part in parts]
+        out_features, in_features = sum(heights), parts[0].part_shape[1]
+        if self._stacking.numel() < out_features * in_features:
+            self._stacking = self._stacking.new_empty(out_features * in_features)
+        stacked = self._stacking[: out_features * in_features].view(out_features, in_features)
+        for part, into in zip(parts, torch.split(stacked, heights), strict=True):
             reader.read_into(into, f"{part.name}.weight", part.shape, part.rows, part.columns)
         return UnquantizedWeight(self._kernels, stacked)
 
@@ -33,8 +35,11 @@ class UnquantizedWeight:
     """[out, in] in the kernels' own layout."""
 
     def __init__(self, kernels: Kernels, weight: torch.Tensor) -> None:
+        """`weight` may be overwritten afterwards."""
         self.num_bytes = weight.nbytes
         self._packed = kernels.pack(weight)
+        if self._packed.data.data_ptr() == weight.data_ptr():  # kernels that keep a weight as it is
+            self._packed.data = self._packed.data.clone()
         self._linear = kernels.linear
 
     def apply(
