@@ -13,7 +13,7 @@ class ReferenceKernels:
     """Key and value layout: [num_blocks, block_size, num_kv_heads, head_size]."""
 
     name = "reference"
-    is_exact = False
+    is_exact: bool = False
 
     def __init__(self, activation_dtype: torch.dtype = torch.float32) -> None:
         self.activation_dtype = activation_dtype

@@ -7,6 +7,7 @@ import torch
 from models.ops.cpu import CpuKernels, load_extension
 from models.ops.kernels import Kernels
 from models.ops.reference import ReferenceKernels
+from models.ops.tiled import TiledKernels
 
 KINDS = ("auto", "cpu", "tiled", "reference")
 
@@ -18,8 +19,12 @@ def select_kernels(device: torch.device, dtype: torch.dtype, kind: str = "auto")
     """
     if kind not in KINDS:
         raise ValueError(f"kernels must be one of {', '.join(KINDS)}; got {kind!r}")
-    if device.type == "cpu" and (kind == "cpu" or (kind == "auto" and load_extension() is not None)):
+    if device.type == "cpu" and kind == "auto" and dtype is not torch.float64:
+        kind = "tiled" if load_extension() is None else "cpu"
+    if device.type == "cpu" and kind == "cpu":
         return CpuKernels()
+    if device.type == "cpu" and kind == "tiled":
+        return TiledKernels()
     if kind in ("auto", "reference"):
         is_cpu_narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
         return ReferenceKernels(torch.float32 if is_cpu_narrow else dtype)
