@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "ray": ("serving.deployments",),
-    "torch": ("models", "serving.engine", "serving.local", "loadtest.bench"),
+    "torch": ("models", "serving.engine", "loadtest.bench"),
     "fastapi": ("serving.gateway",),
     "starlette": ("serving.gateway", "serving.deployments"),
     "uvicorn": ("serving.gateway",),

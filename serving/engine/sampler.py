@@ -41,7 +41,10 @@ class SampledTokens:
 
 
 def argmax_rows(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
-    """Index of each row's maximum: the lowest among equals, a NaN's where there is one. [S, V] -> [S]."""
+    """Index of each row's maximum: the lowest among equals, a NaN's where there is one. [S, V] -> [S].
+
+    numpy documents both, so one pass finds the greedy tokens and every row of garbage.
+    """
     ids: npt.NDArray[np.intp] = logits.argmax(axis=-1)
     return ids
 
@@ -60,7 +63,7 @@ class Sampler:
 
         logits: float32 [S, logits_size] on the CPU; overwritten. slots: int32 [S]. positions: int32 [S], the
         number of output tokens before the one being sampled. The sampled ids are appended to the token counts
-        of their slots.
+        of their slots, in the order of the rows; a slot without penalties may occur at several positions.
 
         Raises NonFiniteLogits, before anything has changed but logits of ids >= tokenizer_size, and ValueError
         for logits of another shape or type.
