@@ -22,7 +22,7 @@ from serving.gateway.envelope import Envelope
 from serving.gateway.faults import error_response
 from serving.gateway.gateway import DataPlane, Gateway
 from serving.gateway.language import Language, Languages
-from serving.gateway.sse import Heartbeat
+from serving.gateway.reply import Pace, look_after
 from serving.gateway.tenants import Tenants
 from serving.metrics import Metrics
 from serving.types import ModelCard
@@ -35,11 +35,11 @@ def build_app(
     clock: Clock | None = None,
     ids: Ids | None = None,
     load_language: Callable[[ModelCard], Awaitable[Language]] | None = None,
-    heartbeat: Heartbeat | None = None,
+    pace: Pace | None = None,
 ) -> FastAPI:
     """The gateway as an ASGI application; `app.state.gateway` is its Gateway.
 
-    Its lifespan starts and closes `dispatch`. clock, ids, heartbeat and load_language are injected
+    Its lifespan starts and closes `dispatch`. clock, ids, pace and load_language are injected
     by tests.
     """
     clock = clock or Clock()
@@ -56,18 +56,18 @@ def build_app(
         metrics=Metrics(),
         tenants=Tenants(settings.secret),
         admission=Admission(),
-        heartbeat=heartbeat or Heartbeat(),
+        pace=pace or Pace(),
         created=clock.steady(),
     )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await dispatch.start()
-        beating = asyncio.create_task(gateway.heartbeat.run())
+        looking = asyncio.create_task(look_after(gateway.replies, gateway.pace))
         try:
             yield
         finally:
-            beating.cancel()
+            looking.cancel()
             gateway.languages.close()
             await dispatch.close()
 

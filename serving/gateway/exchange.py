@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
+from serving.errors import ArgosyError
 from serving.gateway.rendering import Rendering
 from serving.gateway.streams import Choice, Dispatcher, Request
 from serving.metrics import RequestMeter
@@ -28,6 +29,7 @@ class Exchange:
         self.renderings = renderings
         self.meter = meter
         self.has_left = False  # the client is gone: nothing more is rendered
+        self.failure: ArgosyError | None = None
         self._dispatcher = dispatcher
         self._loop = asyncio.get_running_loop()
         self._time = self._loop.time
@@ -100,6 +102,9 @@ class Exchange:
         Raises the ArgosyError of a choice that failed, after the events before it; every other
         choice is then cancelled.
         """
+        if self.failure is not None:
+            self.leave()
+            raise self.failure
         dirty = self._dirty
         data = b""
         while dirty and len(data) < DRAIN_BYTES:
@@ -114,12 +119,12 @@ class Exchange:
                     break  # a long stretch that shows nothing: let others run
                 continue
             elif rendering.choice.error is not None:
-                if data:
-                    dirty.appendleft(rendering)
-                    return data
-                self.leave()
-                raise rendering.choice.error
+                self.failure = rendering.choice.error
+                break
             rendering.is_dirty = False
+        if self.failure is not None and not data:
+            self.leave()
+            raise self.failure
         return data
 
     def _end(self, rendering: Rendering) -> None:
@@ -135,6 +140,11 @@ class Exchange:
         prompt_tokens = sum(len(choice.prompt_ids) // 4 for choice in choices)
         cached_tokens = sum(choice.cached_tokens or 0 for choice in choices)
         self.meter.on_end(self._time(), prompt_tokens, cached_tokens, is_disconnect)
+
+    def fail(self, error: ArgosyError) -> None:
+        """Have `render` raise this once it has nothing else to show."""
+        self.failure = self.failure or error
+        self.wake()
 
     def leave(self) -> None:
         """Nobody reads on: cancel every unfinished choice, now. Idempotent."""

@@ -13,7 +13,7 @@ from serving.errors import ModelNotFound, NoCapacity
 from serving.gateway.admission import Admission
 from serving.gateway.clock import Clock, Ids
 from serving.gateway.language import Languages
-from serving.gateway.sse import Heartbeat
+from serving.gateway.reply import Pace, Reply
 from serving.gateway.streams import Dispatcher
 from serving.gateway.tenants import Tenants
 from serving.metrics import Metrics
@@ -50,8 +50,9 @@ class Gateway:
     metrics: Metrics
     tenants: Tenants
     admission: Admission
-    heartbeat: Heartbeat
+    pace: Pace
     created: Callable[[], int]
+    replies: set[Reply] = dataclasses.field(default_factory=set)  # under way
     is_draining: bool = False
 
     async def card(self, model: str | None, is_waiting: Callable[[], bool] = lambda: True) -> ModelCard:

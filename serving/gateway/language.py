@@ -7,7 +7,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from serving.errors import ContextLengthExceeded, EngineError, ModelLoadError
 from serving.gateway.bodies import ChatBody, CompletionBody
@@ -19,7 +19,7 @@ from serving.wire import unpack_ids
 MAX_LANGUAGES = 4
 """Models kept in memory; the least recently used leaves."""
 
-Tokens = array[int]
+Tokens: TypeAlias = "array[int]"
 
 
 class AssetSource(Protocol):

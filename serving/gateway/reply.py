@@ -7,6 +7,7 @@ the choices at once (C22), whatever the reply itself is doing.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Protocol
@@ -32,15 +33,36 @@ class ClientConnection(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pace:
+    """When a reply is looked at, and what silence means, in seconds."""
+
+    period_s: float = 1.0
+    first_comment_s: float = 2.0  # of silence: until then a failure is still a plain HTTP error
+    comment_s: float = 5.0  # of silence: keeps proxies from closing the connection
+    stall_s: float = 60.0  # a client that takes nothing for this long is gone
+
+
+async def look_after(replies: set[Reply], pace: Pace) -> None:
+    """Look at every open reply once per period, for ever: one task, so that none needs a timer."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(pace.period_s)
+        now = loop.time()
+        for reply in list(replies):
+            reply.look(now)
+
+
 class Reply(Response):
     """Serves an exchange to its client; subclasses say how."""
 
-    def __init__(self, exchange: Exchange, headers: dict[str, str]) -> None:
+    def __init__(self, exchange: Exchange, replies: set[Reply], headers: dict[str, str]) -> None:
         # no body here: `serve` sends it
         self.status_code = 200
         self.background = None
         self.body = b""
         self.exchange = exchange
+        self._replies = replies
         self.connection: ClientConnection | None = None
         self.init_headers(headers)
 
@@ -51,8 +73,12 @@ class Reply(Response):
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise NotImplementedError
 
+    def look(self, now: float) -> None:
+        """Called once per period. now: the loop's time."""
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.connection = scope.get("extensions", {}).get("argosy.connection")
+        self._replies.add(self)
         watch = asyncio.create_task(self._watch(receive))
         is_disconnect = True
         try:
@@ -63,6 +89,7 @@ class Reply(Response):
             raise
         finally:
             watch.cancel()
+            self._replies.discard(self)
             self.exchange.leave()
             self.exchange.close(is_disconnect)
 
@@ -77,8 +104,10 @@ class WholeReply(Reply):
 
     media_type = "application/json"
 
-    def __init__(self, exchange: Exchange, headers: dict[str, str], document: Callable[[], bytes]) -> None:
-        super().__init__(exchange, headers)
+    def __init__(
+        self, exchange: Exchange, replies: set[Reply], headers: dict[str, str], document: Callable[[], bytes]
+    ) -> None:
+        super().__init__(exchange, replies, headers)
         self._document = document
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:

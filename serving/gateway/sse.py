@@ -15,36 +15,9 @@ from starlette.types import Receive, Scope, Send
 from serving.errors import ArgosyError, EngineError
 from serving.gateway.exchange import Exchange
 from serving.gateway.faults import error_json
-from serving.gateway.reply import CLIENT, Reply
-
-PERIOD_S = 1.0
-FIRST_COMMENT_S = 2.0  # of silence: until then a failure is still a plain HTTP error
-COMMENT_S = 5.0  # of silence: keeps proxies from closing the connection
-STALL_S = 60.0  # a client that takes nothing for this long is gone
+from serving.gateway.reply import CLIENT, Pace, Reply
 
 DONE = b"data: [DONE]\n\n"
-
-
-class Heartbeat:
-    """Looks after the open streams once per period: comments for the silent, an end for the stalled.
-
-    One task for all of them, so a stream needs no timer of its own.
-    """
-
-    def __init__(self, period_s: float = PERIOD_S, stall_s: float = STALL_S, first_s: float = FIRST_COMMENT_S) -> None:
-        self.streams: set[EventStream] = set()
-        self.stall_s = stall_s
-        self.first_s = first_s
-        self._period_s = period_s
-
-    async def run(self) -> None:
-        """For ever."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(self._period_s)
-            now = loop.time()
-            for stream in list(self.streams):
-                stream.look(now)
 
 
 class EventStream(Reply):
@@ -54,11 +27,16 @@ class EventStream(Reply):
     charset = "utf-8"
 
     def __init__(
-        self, exchange: Exchange, heartbeat: Heartbeat, headers: dict[str, str], tail: Callable[[], bytes]
+        self,
+        exchange: Exchange,
+        replies: set[Reply],
+        headers: dict[str, str],
+        tail: Callable[[], bytes],
+        pace: Pace,
     ) -> None:
         """tail: events after the last choice has ended (usage), before [DONE]."""
-        super().__init__(exchange, {"cache-control": "no-cache", "x-accel-buffering": "no"} | headers)
-        self._heartbeat = heartbeat
+        super().__init__(exchange, replies, {"cache-control": "no-cache", "x-accel-buffering": "no"} | headers)
+        self._pace = pace
         self._tail = tail
         self._time = asyncio.get_running_loop().time
         self._is_started = False
@@ -67,7 +45,6 @@ class EventStream(Reply):
         self._blocked_since: float | None = None
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._heartbeat.streams.add(self)
         try:
             await self._stream(scope, send)
         except ArgosyError as error:
@@ -78,8 +55,6 @@ class EventStream(Reply):
             if self._is_started:
                 await self._break_off(scope, EngineError("The server failed while it rendered this stream."))
             raise
-        finally:
-            self._heartbeat.streams.discard(self)
 
     async def _stream(self, scope: Scope, send: Send) -> None:
         exchange = self.exchange
@@ -113,14 +88,13 @@ class EventStream(Reply):
         return b": queue position=%d wait_s=%.1f\n" % position
 
     def look(self, now: float) -> None:
-        """Called by the heartbeat."""
         blocked_since = self._blocked_since
         if blocked_since is not None:
-            if now - blocked_since > self._heartbeat.stall_s:
+            if now - blocked_since > self._pace.stall_s:
                 self.exchange.leave()
                 if self.connection is not None:
                     self.connection.abort()
-        elif now - self._written_at > (COMMENT_S if self._is_started else self._heartbeat.first_s):
+        elif now - self._written_at > (self._pace.comment_s if self._is_started else self._pace.first_comment_s):
             self._is_comment_due = True
             self.exchange.wake()
 

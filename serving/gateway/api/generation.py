@@ -96,18 +96,19 @@ async def generate(gateway: Gateway, http: HttpRequest, form: Format) -> Respons
     if generation.ignored:
         names = ",".join(_HEADER_UNSAFE.sub("_", name[:64]) for name in generation.ignored)
         headers["x-argosy-ignored"] = names[:MAX_IGNORED_CHARS]
+    replies = gateway.replies
     if generation.stream:
-        include_usage = generation.include_usage
-        return EventStream(
-            exchange,
-            gateway.heartbeat,
-            headers,
-            lambda: form.final_events(request, usage(renderings, generation.n) if include_usage else None),
-        )
+
+        def tail() -> bytes:
+            return form.final_events(request, usage(renderings, generation.n) if generation.include_usage else None)
+
+        return EventStream(exchange, replies, headers, tail, gateway.pace)
     whole = [rendering for rendering in renderings if isinstance(rendering, WholeRendering)]
-    return WholeReply(
-        exchange, headers, lambda: form.document(request, whole, generation, usage(renderings, generation.n))
-    )
+
+    def document() -> bytes:
+        return form.document(request, whole, generation, usage(renderings, generation.n))
+
+    return WholeReply(exchange, replies, headers, document)
 
 
 def _renderings(request: Request, generation: Generation, form: Format, language: Language) -> list[Rendering]:

@@ -1,0 +1,88 @@
+"""The gateway process: uvicorn on an inherited socket, and an end that takes a few seconds at most."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import socket
+import sys
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from serving.config import GatewaySettings
+from serving.errors import NoCapacity
+from serving.gateway.app import build_app
+from serving.gateway.dispatch import Dispatch
+from serving.gateway.gateway import Gateway
+from serving.gateway.http import bounded_protocol
+
+logger = logging.getLogger("argosy.gateway")
+
+DRAIN_S = 2.0
+"""How long running requests may still take once the process is told to end."""
+BACKLOG = 2048
+
+
+class GatewayServer(uvicorn.Server):
+    """Ends in three moves: accept nothing more, let what runs finish for a while, fail the rest."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, drain_s: float = DRAIN_S) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._drain_s = drain_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._gateway.metrics.num_connections = lambda: len(self.server_state.connections)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._gateway.is_draining = True
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        give_up_at = asyncio.get_running_loop().time() + self._drain_s
+        while self._gateway.replies and asyncio.get_running_loop().time() < give_up_at:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        for reply in list(self._gateway.replies):
+            reply.exchange.fail(NoCapacity("The gateway is shutting down.", retry_after_s=1.0, reason="draining"))
+        await super().shutdown(sockets)
+
+
+def make_server(app: FastAPI, settings: GatewaySettings) -> GatewayServer:
+    """A server for the application, not yet running. Its `serve` takes the listening sockets."""
+    config = uvicorn.Config(
+        app,
+        http=bounded_protocol(settings.max_body_bytes),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,
+    )
+    return GatewayServer(config, app.state.gateway)
+
+
+def run(settings: GatewaySettings) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit code."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+    async def serve() -> None:
+        server = make_server(build_app(settings, Dispatch(settings)), settings)
+        await server.serve(sockets=[socket.socket(fileno=settings.fd)])
+
+    # uvicorn restores these handlers and raises the signal again after a graceful end: that is success
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    gc.freeze()  # modules live for ever: no collection need look at them
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve())
+    return 0
