@@ -24,9 +24,10 @@ RETRY_S = 0.1
 class Assets:
     """The cache directory may be shared by every gateway process of a machine, and survives them."""
 
-    def __init__(self, folder: Path, links: Callable[[str], list[Link]]) -> None:
-        """links: the open links of a fingerprint."""
-        self._folder = folder
+    def __init__(self, folder: str, links: Callable[[str], list[Link]]) -> None:
+        """folder: "" = a temporary one, until `close`. links: the open links of a fingerprint."""
+        self._folder = Path(folder) if folder else None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._links = links
         self._present: dict[str, Path] = {}  # by sha256; checked once per process
         self._fetching: dict[str, asyncio.Task[Path]] = {}
@@ -58,6 +59,14 @@ class Assets:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _path(self, sha256: str) -> Path:
+        if self._folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="argosy-assets-")
+            self._folder = Path(self._temporary.name)
+        return self._folder / sha256
 
     def _fetched(self, sha256: str, task: asyncio.Task[Path]) -> None:
         self._fetching.pop(sha256, None)
@@ -65,7 +74,7 @@ class Assets:
             self._present[sha256] = task.result()
 
     async def _fetch(self, card: ModelCard, name: str, sha256: str) -> Path:
-        path = self._folder / sha256
+        path = self._path(sha256)
         if await asyncio.to_thread(_has, path, sha256):
             return path
         give_up_at = asyncio.get_running_loop().time() + FETCH_TIMEOUT_S

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -49,9 +48,7 @@ class Dispatch:
             jitter=jitter,
         )
         self._fleet = self._placement.fleet
-        self._temporary = None if settings.cache_dir else tempfile.TemporaryDirectory(prefix="argosy-assets-")
-        folder = Path(self._temporary.name if self._temporary else settings.cache_dir)
-        self._assets = Assets(folder, self._fleet.links)
+        self._assets = Assets(settings.cache_dir, self._fleet.links)
         self._membership = Membership(self._fleet, self._dial, self._opened, clock)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -71,8 +68,6 @@ class Dispatch:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._assets.close()
-        if self._temporary is not None:
-            self._temporary.cleanup()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -154,9 +154,9 @@ class Link:
     def cancel(self, ticket: Ticket) -> None:
         """Frees the row. One frame carries all cancels of a turn of the event loop."""
         self._release(ticket)
-        if not self._cancels:
-            self._defer(self._flush_cancels)
         self._cancels.append(ticket.handle)
+        if len(self._cancels) == 1:
+            self._defer(self._flush_cancels)
 
     def _flush_cancels(self) -> None:
         handles, self._cancels = self._cancels, []
