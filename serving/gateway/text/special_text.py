@@ -28,11 +28,12 @@ class SpecialText:
     def __init__(self, config: Mapping[str, Any], nonce: str | None = None) -> None:
         """config: tokenizer.json. nonce: lower-case letters and digits, drawn when None."""
         nonce = nonce or secrets.token_hex(16)
-        names = [
-            token["content"]
+        tokens = [
+            token
             for token in config.get("added_tokens") or ()
             if token.get("special") or _LOOKS_SPECIAL.fullmatch(token["content"])
         ]
+        names = [token["content"] for token in tokens]
         # Letters and digits survive what templates do to content: trim, tojson. Private-use characters around
         # the private names are no word characters and no normaliser knows them.
         self._mark = f"q{nonce}q"
@@ -41,10 +42,10 @@ class SpecialText:
         self._heads = {name[:size] for name in names for size in range(1, len(name))}
         self._tails = {name[-size:] for name in names for size in range(1, len(name))}
         self._longest = max(map(len, names), default=0)
-        either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-        self._special = re.compile(either) if names else None
+        tokens.sort(key=lambda token: len(token["content"]), reverse=True)  # the longest match counts
+        self._special = re.compile("|".join(re.escape(token["content"]) for token in tokens)) if tokens else None
         hidden = rf"{self._mark}((?:[0-9a-f]{{2}})+)z"
-        self._revealed = re.compile(f"{hidden}|({either})" if names else hidden)
+        self._revealed = re.compile(f"{hidden}|({'|'.join(map(_pattern, tokens)) or '(?!)'})")
 
     def guard(self, value: Any) -> Any:
         """A copy of JSON-like data whose strings hold no special text, nor a part of one at either end.
@@ -116,3 +117,9 @@ class SpecialText:
 
     def _hide(self, text: str) -> str:
         return f"{self._mark}{text.encode().hex()}z"
+
+
+def _pattern(token: Mapping[str, Any]) -> str:
+    """Where the tokenizer finds this added token: one flagged `single_word` not within a word."""
+    name = re.escape(token["content"])
+    return rf"(?<!\w){name}(?!\w)" if token.get("single_word") else name

@@ -99,7 +99,7 @@ class Tokenizer:
                 f"but the model's tokenizer_size is {tokenizer_size}"
             )
         result = cls(raw, private, special_text, vocabulary, max_prompt_bytes, num_threads)
-        result._check_separation()
+        result._check_separation(config["model"])
         return result
 
     def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> array[int]:
@@ -209,13 +209,12 @@ class Tokenizer:
         # Of the library's methods only the batch ones release the GIL, and `fast` skips offsets nobody reads.
         return array("i", tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
-    def _check_separation(self) -> None:
+    def _check_separation(self, model: Mapping[str, Any]) -> None:
         """A merge rule could still build a special token out of plain text: then the vocabulary is unfit."""
+        unknown = model.get("unk_id")  # what the model has no token for may become this one
+        if isinstance(model.get("unk_token"), str):
+            unknown = self._raw.token_to_id(model["unk_token"])
         for name in self.special_text.names:
             special = self._raw.token_to_id(name)
-            if special in self._encode(self._private, name, False) and name != self._unknown_token():
+            if special != unknown and special in self._encode(self._private, name, False):
                 raise ModelLoadError(f"tokenizer.json turns the plain text {name!r} into the special token {special}")
-
-    def _unknown_token(self) -> str | None:
-        token: str | None = getattr(self._raw.model, "unk_token", None)
-        return token
