@@ -1,0 +1,132 @@
+"""Linear layers: right by tolerance, and the same bits for a row whatever else is computed (C4)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.ops.cpu import CpuKernels
+from models.ops.kernels import Kernels
+from tests.models.ops.world import COMPILED, ORACLE, SERVING, name_of, same_bits
+
+SHAPES = [(1, 1), (31, 7), (32, 16), (33, 576), (100, 131), (576, 576), (17, 4097), (960, 64)]
+WEIGHTS = [torch.bfloat16, torch.float16, torch.float32]
+
+each_set = pytest.mark.parametrize("kernels", SERVING, ids=name_of)
+each_compiled = pytest.mark.parametrize("kernels", COMPILED, ids=name_of)
+
+
+def make(
+    out_features: int, in_features: int, rows: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(out_features + in_features)
+    weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+    return torch.randn(rows, in_features, generator=generator), weight, torch.randn(out_features, generator=generator)
+
+
+@each_set
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_oracle(kernels: Kernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight, bias = make(*shape, rows=14, dtype=dtype)
+    packed = kernels.pack(weight)
+    assert (packed.out_features, packed.in_features, packed.dtype) == (*shape, dtype)
+    residual = torch.ones(14, shape[0])
+    plain, biased = kernels.linear(x, packed), kernels.linear(x, packed, bias)
+    added = kernels.linear(x, packed, bias, residual)
+    wanted = x.double() @ weight.double().T
+    tolerance = 2e-6 * float(x.abs().double().matmul(weight.abs().double().T).max())
+    torch.testing.assert_close(plain.double(), wanted, atol=tolerance, rtol=0)
+    torch.testing.assert_close(biased.double(), wanted + bias, atol=tolerance, rtol=0)
+    torch.testing.assert_close(added.double(), wanted + bias + 1, atol=tolerance, rtol=0)
+    assert added is residual
+
+
+@each_set
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(576, 576), (33, 131)], ids=str)
+def test_a_row_has_the_same_bits_in_any_batch(kernels: Kernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight, bias = make(*shape, rows=256, dtype=dtype)
+    packed = kernels.pack(weight)
+    whole = kernels.linear(x, packed, bias)
+    for rows in [*range(1, 41), 64, 69, 70]:
+        for first in {0, 3 * rows % 7, 256 - rows}:
+            part = kernels.linear(x[first : first + rows].contiguous(), packed, bias)
+            assert same_bits(part, whole[first : first + rows]), (rows, first)
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
+    assert same_bits(kernels.linear(x[order].contiguous(), packed, bias), whole[order])
+    assert kernels.is_exact
+
+
+@each_compiled
+@pytest.mark.parametrize("rows", [1, 5, 13, 200])
+def test_threads_do_not_change_bits(kernels: CpuKernels, rows: int) -> None:
+    x, weight, _ = make(1000, 300, rows)
+    packed = kernels.pack(weight)
+    results = []
+    for num_threads in (1, 2, 3, 7):
+        kernels.set_num_threads(num_threads)
+        results.append(kernels.linear(x, packed))
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif(len(COMPILED) < 3, reason="needs AVX-512")
+def test_both_fma_instruction_sets_agree() -> None:
+    x, weight, _ = make(100, 577, 20)
+    v3, v4 = (kernels.linear(x, kernels.pack(weight)) for kernels in COMPILED[1:])
+    assert same_bits(v3, v4)
+
+
+@each_compiled
+def test_a_chain_runs_in_the_order_of_k(kernels: CpuKernels) -> None:
+    """2^24 + 1 + ... + 1 - 2^24: each 1 is lost after 2^24 and kept before it."""
+    ones = [1.0] * 100
+    x = torch.tensor([[2.0**24, *ones, -(2.0**24)], [*ones, 2.0**24, -(2.0**24)]])
+    packed = kernels.pack(torch.ones(40, 102))
+    assert kernels.linear(x, packed)[:, 39].tolist() == [0.0, 100.0]
+
+
+@each_compiled
+def test_a_bf16_weight_equals_its_fp32_copy(kernels: CpuKernels) -> None:
+    x, weight, bias = make(70, 50, 9)
+    narrow, wide = kernels.pack(weight), kernels.pack(weight.float())
+    assert narrow.data.dtype == torch.bfloat16 and wide.data.dtype == torch.float32
+    assert same_bits(kernels.linear(x, narrow, bias.bfloat16()), kernels.linear(x, wide, bias.bfloat16().float()))
+
+
+@each_set
+def test_no_rows(kernels: Kernels) -> None:
+    _, weight, _ = make(40, 8, 1)
+    assert kernels.linear(torch.empty(0, 8), kernels.pack(weight)).shape == (0, 40)
+
+
+@each_compiled
+def test_infinities_stay_in_their_row(kernels: CpuKernels) -> None:
+    x, weight, _ = make(40, 64, 12)
+    x[5, 3], x[7, 9] = torch.inf, torch.nan
+    got = kernels.linear(x, kernels.pack(weight))
+    is_clean = got.isfinite().all(dim=1)
+    assert is_clean.tolist() == [row not in (5, 7) for row in range(12)]
+
+
+@each_compiled
+def test_refuses_what_it_can_not_read(kernels: CpuKernels) -> None:
+    x, weight, bias = make(40, 8, 2)
+    packed = kernels.pack(weight)
+    with pytest.raises(ValueError, match=r"x must be contiguous float32 \[tokens, 8\]; got torch.float64"):
+        kernels.linear(x.double(), packed)
+    with pytest.raises(ValueError, match=r"x must be .* \[2, 9\]"):
+        kernels.linear(torch.empty(2, 9), packed)
+    with pytest.raises(ValueError, match="not contiguous"):
+        kernels.linear(torch.empty(8, 2).T, packed)
+    with pytest.raises(ValueError, match=r"bias must be contiguous \[40\]"):
+        kernels.linear(x, packed, bias[:39])
+    with pytest.raises(ValueError, match="bias must be float32 or bfloat16"):
+        kernels.linear(x, packed, bias.double())
+    with pytest.raises(ValueError, match=r"residual must be contiguous float32 \[2, 40\]"):
+        kernels.linear(x, packed, residual=torch.empty(3, 40))
+
+
+def test_the_oracle_is_wide() -> None:
+    x, weight, _ = make(10, 10, 3)
+    assert ORACLE.linear(x.double(), ORACLE.pack(weight)).dtype == torch.float64
