@@ -12,7 +12,7 @@ from typing import Any
 
 from serving.errors import InvalidRequest, UnsupportedParameter
 from serving.gateway.fields import Limits, shown, text, token_id, wrong, wrong_type
-from serving.gateway.schema import CHAT, COMPLETION, check
+from serving.gateway.schema import CHAT, COMPLETION, check, refuse_suspect
 from serving.types import NO_LOGPROBS, SamplingParams
 from serving.wire import pack_ids
 
@@ -89,6 +89,7 @@ def parse_completion(body: Any, limits: Limits, is_lenient: bool = False) -> Com
     generation = _generation(values, logprobs, values["max_tokens"], checked.ignored)
     prompts = _prompts(values["prompt"], limits)
     _check_num_choices(len(prompts), generation.n)
+    refuse_suspect(body)
     return CompletionBody(prompts, generation)
 
 
@@ -114,6 +115,7 @@ def parse_chat(body: Any, limits: Limits, is_lenient: bool = False) -> ChatBody:
         message = "'continue_final_message' needs a last message of role 'assistant'."
         raise InvalidRequest(message, param="continue_final_message")
     _check_num_choices(1, generation.n)
+    refuse_suspect(body)
     return ChatBody(
         messages,
         values["add_generation_prompt"],

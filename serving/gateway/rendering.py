@@ -98,6 +98,8 @@ class Rendering:
 
         Whether any are left unread shows in `has_more`.
         """
+        if self.is_over:
+            return b""
         choice = self.choice
         ids = choice.output_ids
         end = len(ids)

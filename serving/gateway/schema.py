@@ -71,7 +71,7 @@ def _refused(name: str, *neutral: Any, origin: Origin = "openai") -> Field:
 
 
 _SHARED = (
-    _honoured("model", Raw(("string",))),
+    _honoured("model", Str(256)),
     _honoured("frequency_penalty", Float(-2, 2), 0.0),
     _honoured("presence_penalty", Float(-2, 2), 0.0),
     _honoured("logit_bias", LogitBias(), ()),
@@ -211,9 +211,13 @@ def check(fields: Mapping[str, Field], body: Any, limits: Limits, is_lenient: bo
             ignored.append(name)
         else:
             raise _unsupported(name, field, value)
+    return Checked(values, tuple(ignored))
+
+
+def refuse_suspect(body: Any) -> None:
+    """Last, when no field's own check has found the fault. Raises InvalidJson."""
     if isinstance(body, Suspect):
         raise InvalidJson("The request body is not valid JSON: it has a number or a string that JSON cannot carry.")
-    return Checked(values, tuple(ignored))
 
 
 def _unsupported(name: str, field: Field | None, value: object) -> UnsupportedParameter:

@@ -110,7 +110,7 @@ def _explain(body: bytes, error: Exception) -> Any:
         return int(text) if len(text) < 64 else NotJson(text)
 
     try:
-        value = json.loads(body, parse_float=number, parse_int=integer, parse_constant=NotJson)
+        value = json.loads(body.decode(), parse_float=number, parse_int=integer, parse_constant=NotJson)
     except UnicodeDecodeError:
         raise InvalidJson("The request body is not valid UTF-8.") from None
     except json.JSONDecodeError as fault:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import uvloop
+from openai import AsyncOpenAI, OpenAI
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -272,11 +272,11 @@ class World:
 
     # --- clients ----------------------------------------------------------------------------------
 
-    def openai(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="sk-unused", max_retries=0)
+    def openai(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="sk-unused", max_retries=0)
 
-    def async_openai(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="sk-unused", max_retries=0)
+    def async_openai(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="sk-unused", max_retries=0)
 
     def post(self, path: str, body: Any = None, *, raw: bytes | None = None, **headers: str) -> httpx.Response:
         content = json.dumps(body).encode() if raw is None else raw

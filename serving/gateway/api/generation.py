@@ -84,7 +84,7 @@ async def generate(gateway: Gateway, http: HttpRequest, form: Format) -> Respons
         salt=tenant.cache_salt(generation.cache_salt),
         draw_seed=gateway.ids.seed,
     )
-    renderings = _renderings(request, generation, form, language)
+    renderings = make_renderings(request, generation, form, language)
     meter = RequestMeter(gateway.metrics.model(card.model), arrived)
     exchange = Exchange(request, renderings, gateway.dispatch, meter)
     try:
@@ -111,7 +111,8 @@ async def generate(gateway: Gateway, http: HttpRequest, form: Format) -> Respons
     return WholeReply(exchange, replies, headers, document)
 
 
-def _renderings(request: Request, generation: Generation, form: Format, language: Language) -> list[Rendering]:
+def make_renderings(request: Request, generation: Generation, form: Format, language: Language) -> list[Rendering]:
+    """One rendering per choice, nothing rendered yet."""
     tokenizer = language.tokenizer
     stops = StopSet(generation.stop) if generation.stop else None
     names = TokenNames(tokenizer.token_bytes, generation.tokens_as_ids)
