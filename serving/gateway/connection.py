@@ -77,7 +77,7 @@ class Connection(asyncio.Protocol):
         if self._link is not None:
             self._link.end(Cause.LOST, str(exc or "end of stream"))
         elif not self.opened.done():
-            self.opened.set_exception(ConnectionError(str(exc or "closed during the handshake")))
+            self._refuse(ConnectionError(str(exc or "closed during the handshake")))
 
     def abort(self) -> None:
         """Drops the socket at once."""
@@ -94,8 +94,12 @@ class Connection(asyncio.Protocol):
             self._link.end(Cause.FAULTY, str(error))
             return
         if not self.opened.done():
-            self.opened.set_exception(error)
+            self._refuse(error)
         self.abort()
+
+    def _refuse(self, error: Exception) -> None:
+        self.opened.set_exception(error)
+        self.opened.exception()  # whoever dialled may have given up: nobody need retrieve it
 
     def _shake(self, message: wire.FromReplica) -> None:
         if not isinstance(message, wire.HelloReply):

@@ -23,6 +23,8 @@ from serving.types import ModelCard
 
 logger = logging.getLogger("argosy.gateway")
 
+PREFETCH_RETRY_S = 1.0
+
 
 class Dispatch:
     """What one gateway process knows of engines. Implements `streams.Dispatcher`."""
@@ -50,6 +52,7 @@ class Dispatch:
         self._fleet = self._placement.fleet
         self._assets = Assets(settings.cache_dir, self._fleet.links)
         self._membership = Membership(self._fleet, self._dial, self._opened, clock)
+        self._prefetching: set[str] = set()  # fingerprints
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- life -------------------------------------------------------------------------------------
@@ -94,15 +97,21 @@ class Dispatch:
 
     def _opened(self, link: Link) -> None:
         self._placement.opened(link)
-        if self._assets.missing(link.card):
+        if link.card.fingerprint not in self._prefetching and self._assets.missing(link.card):
+            self._prefetching.add(link.card.fingerprint)
             self._spawn(self._prefetch(link.card))
 
     async def _prefetch(self, card: ModelCard) -> None:
-        for name in self._assets.missing(card):
-            try:
-                await self._assets.path(card, name)
-            except (NoCapacity, OSError) as error:
-                logger.warning("asset %s of %s: %s", name, card.model, error)
+        """All files of the card, so that `is_ready` may say yes; tried again while a replica is there."""
+        try:
+            while self._fleet.links(card.fingerprint) and (missing := self._assets.missing(card)):
+                try:
+                    await self._assets.path(card, missing[0])
+                except (NoCapacity, OSError) as error:
+                    logger.warning("asset %s of %s: %s", missing[0], card.model, error)
+                    await asyncio.sleep(PREFETCH_RETRY_S)
+        finally:
+            self._prefetching.discard(card.fingerprint)
 
     # --- the API layer's side ---------------------------------------------------------------------
 

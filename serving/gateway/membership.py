@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from serving.errors import SettingsError
 from serving.gateway.connection import Connection, parse_endpoint
 from serving.gateway.fleet import Fleet, Replica
 from serving.gateway.link import Cause, Link
@@ -110,7 +111,7 @@ class Membership:
         while replica.is_listed or num_failed < MAX_FAILED_DIALS:
             try:
                 connection, link = await self._dial(replica)
-            except (OSError, TimeoutError, WireError) as error:
+            except (OSError, TimeoutError, WireError, ValueError) as error:
                 num_failed += 1
                 self._note(replica, error)
                 await asyncio.sleep(backoff.next_s())
@@ -169,7 +170,15 @@ class Membership:
 
     def take(self, listing: Listing) -> None:
         """The directory's word: who exists, who drains."""
-        listed = {f"tcp:{entry.host}:{entry.port}": entry for entry in listing.replicas[:MAX_REPLICAS]}
+        listed: dict[str, Entry] = {}
+        for entry in listing.replicas[:MAX_REPLICAS]:
+            endpoint = f"tcp:{entry.host}:{entry.port}"
+            try:
+                parse_endpoint(endpoint)
+            except SettingsError as error:
+                logger.warning("directory: %s", error)
+                continue
+            listed[endpoint] = entry
         for endpoint, entry in listed.items():
             replica = self._add(endpoint)
             replica.is_draining = entry.state == "draining"

@@ -220,6 +220,7 @@ def test_a_replica_whose_files_differ_from_its_card_does_not_make_us_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.gateway.assets.FETCH_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("serving.gateway.dispatch.PREFETCH_RETRY_S", 0.05)
 
     async def scenario() -> None:
         async with plane(1, assets=ASSETS, cache_dir=str(tmp_path)) as (dispatch, (replica,)):
@@ -228,7 +229,7 @@ def test_a_replica_whose_files_differ_from_its_card_does_not_make_us_ready(
                 await dispatch.asset(replica.card, "chat_template.jinja")
             assert "chat_template.jinja" in dispatch.is_ready()[1]
             replica.assets = ASSETS
-            await dispatch.asset(replica.card, "chat_template.jinja")
+            await until(lambda: dispatch.is_ready()[0])
 
     run(scenario())
 
@@ -328,7 +329,7 @@ def test_a_replica_that_is_gone_and_not_listed_is_dropped(free_ports: tuple[int,
         assert len(fleet.replicas) == 2  # listed: dialled for ever
         membership.take(Listing(version=2, replicas=both[:1]))
         await until(lambda: list(fleet.replicas) == [f"tcp:127.0.0.1:{first}"])
-        membership.take(Listing(version=3, replicas=both))
+        membership.take(Listing(version=3, replicas=[*both, Entry(host="", port=1), Entry(host="h", port=0)]))
         assert len(fleet.replicas) == 2
         await membership.close()
 
