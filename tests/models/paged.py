@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,6 +15,18 @@ from models.parallel import Group
 from models.registry import CausalLM
 
 BLOCK_SIZE = 16
+
+
+@contextlib.contextmanager
+def inference_on_one_thread() -> Iterator[None]:
+    """Tiny matrices on several threads are mostly waiting, for minutes on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 class Sequences:

@@ -11,7 +11,7 @@ import torch
 from models.ops.kernels import Kernels
 from models.ops.select import select_kernels
 from models.registry import CausalLM, load_model
-from tests.models.paged import Sequences, advance_at_random
+from tests.models.paged import Sequences, advance_at_random, inference_on_one_thread
 from tests.tiny import LLAMA3_ROPE, tiny_llama
 
 CPU = torch.device("cpu")
@@ -20,8 +20,8 @@ LENGTHS = [1, 2, 15, 16, 17, 31, 33, 48, 75, 130]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.inference_mode():
+def _one_thread() -> Iterator[None]:
+    with inference_on_one_thread():
         yield
 
 
@@ -51,7 +51,10 @@ def model(request: pytest.FixtureRequest, kind: str, tmp_path_factory: pytest.Te
         attention_bias=True,
         mlp_bias=True,
     )
-    return load_model(folder, dtype=request.param, kernels=exact_kernels(kind, request.param))
+    model = load_model(folder, dtype=request.param, kernels=exact_kernels(kind, request.param))
+    if not model.kernels.is_exact:  # the tiled set tries its BLAS on every weight
+        pytest.skip(f"{kind} kernels are not exact on this machine")
+    return model
 
 
 @pytest.fixture(scope="module")

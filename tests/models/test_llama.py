@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from models.ops.kernels import Kernels
 from models.ops.reference import ReferenceKernels
 from models.ops.select import select_kernels
 from models.registry import CausalLM, load_model
-from tests.models.paged import Sequences, advance_at_random
+from tests.models.paged import Sequences, advance_at_random, inference_on_one_thread
 from tests.tiny import LLAMA3_ROPE, tiny_llama
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -36,8 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_gradients() -> Any:
-    with torch.inference_mode():
+def _one_thread() -> Iterator[None]:
+    with inference_on_one_thread():
         yield
 
 
