@@ -143,6 +143,8 @@ class ChatTemplate:
         try:
             prompt = self._template.render(
                 {
+                    "tools": None,  # templates ask whether these are none, not whether they are defined
+                    "documents": None,
                     **self._special_tokens,
                     **self._tokenizer.special_text.guard(dict(kwargs)),
                     "messages": turns,

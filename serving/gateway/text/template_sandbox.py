@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 RENDER_TIMEOUT_S = 1.0
 MAX_POWER = 1024
 _TICK = "__argosy_tick"
+_WIDE = re.compile(r"%[^a-zA-Z%]*(?:[0-9]{4}|\*)")
 
 
 class TemplateLimitError(jinja2.TemplateError):
@@ -94,8 +96,8 @@ class _Environment(ImmutableSandboxedEnvironment):
                 raise TemplateLimitError("the chat template repeats a value too often")
         if operator == "**" and (abs(left) > MAX_POWER or abs(right) > MAX_POWER):
             raise TemplateLimitError(f"the chat template raises a number above {MAX_POWER} to a power")
-        if operator == "%" and isinstance(left, str):
-            raise TemplateLimitError("the chat template formats with '%', which is not supported")
+        if operator == "%" and isinstance(left, str) and _WIDE.search(left):
+            raise TemplateLimitError("the chat template formats with a width above 999")
         return super().call_binop(context, operator, left, right)
 
 

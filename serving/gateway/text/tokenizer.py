@@ -92,7 +92,7 @@ class Tokenizer:
         for tokenizer in (raw, private):  # a folder may have been saved with training's settings
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        vocabulary = Vocabulary(raw, config)
+        vocabulary = Vocabulary(raw, config, tokenizer_size or 0)
         if tokenizer_size is not None and vocabulary.size > tokenizer_size:
             raise ModelLoadError(
                 f"tokenizer.json has ids up to {vocabulary.size - 1}, "

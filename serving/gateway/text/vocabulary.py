@@ -21,9 +21,10 @@ class Vocabulary:
     texts: per id, its text, or None when its bytes are not whole characters.
     """
 
-    def __init__(self, raw: RawTokenizer, config: Mapping[str, Any]) -> None:
+    def __init__(self, raw: RawTokenizer, config: Mapping[str, Any], min_size: int = 0) -> None:
+        """config: tokenizer.json. min_size: ids below it that are no token have no bytes."""
         tokens = {index: token for token, index in raw.get_vocab(with_added_tokens=True).items()}
-        self.size = max(tokens, default=-1) + 1
+        self.size = max(max(tokens, default=-1) + 1, min_size)
         self.special_ids = frozenset(i for i, token in raw.get_added_tokens_decoder().items() if token.special)
         decoder = config.get("decoder")
         self.is_concatenative = True

@@ -231,6 +231,13 @@ def test_many_messages_are_under_the_cap_together() -> None:
 # ---- the sandbox
 
 
+def test_what_templates_rely_on_is_there() -> None:
+    """As in transformers: tools and documents are none, not undefined; plain formatting works."""
+    source = "{% if tools is not none %}no{% endif %}{{ documents is none }} {{ '%s=%03d' % ('a', 7) }} {{ 'ab' * 2 }}"
+    assert make_template(source).render([user("x")]) == "True a=007 abab"
+    assert make_template("{{ tools[0].name }}").render([user("x")], kwargs={"tools": [{"name": "t"}]}) == "t"
+
+
 def test_a_template_may_refuse_its_messages() -> None:
     template = make_template("{{ raise_exception('roles must alternate, not ' ~ messages[0].content) }}")
     with pytest.raises(InvalidRequest, match=r"roles must alternate, not <\|im_end\|>"):
@@ -264,6 +271,7 @@ def test_the_clock_of_a_template_is_given() -> None:
         "{{ [0] * 10000000000 }}",
         "{{ 9 ** 9 ** 9 }}",
         "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
         "{% for i in range(99999999999) %}{% endfor %}",
     ],
 )

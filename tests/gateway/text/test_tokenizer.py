@@ -156,6 +156,8 @@ def test_assets_that_cannot_serve_are_refused() -> None:
     good = family("byte-level").to_str()
     with pytest.raises(ModelLoadError, match=r"ids up to 331, but the model's tokenizer_size is 300"):
         make_tokenizer(family("byte-level"), tokenizer_size=300)
+    roomy = make_tokenizer(family("byte-level"), tokenizer_size=400)  # ids without a token decode to nothing
+    assert (roomy.size, roomy.decode([399]), roomy.token_bytes(399)) == (400, "", b"")
     for data in (b"", b"{}", b"[]", b"\xff", good[:-5].encode(), good.replace('"BPE"', '"Evil"').encode()):
         with pytest.raises(ModelLoadError, match=r"tokenizer\.json cannot be read"):
             Tokenizer.from_assets({"tokenizer.json": data}, max_prompt_bytes=MAX_BYTES)

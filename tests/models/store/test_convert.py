@@ -13,6 +13,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -139,6 +140,28 @@ def test_the_tokenizer_splits_digits_and_knows_its_special_tokens(tmp_path: Path
     assert tokenizer.decode(ids) == "hello world 12<|im_end|>"
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert prompt == "<|im_start|>hi<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["it", "'S", "1234", " x"]),
+        ("smollm", ["it", "'S", "1", "2", "3", "4", " x"]),
+        ("llama-bpe", ["it", "'S", "123", "4", " x"]),
+        ("qwen2", ["it", "'S", "1", "2", "3", "4", " x"]),
+    ],
+)
+def test_splitting_rules(tmp_path: Path, pre: str, pieces: list[str]) -> None:
+    source = write_gguf(
+        tmp_path / "m.gguf", metadata={"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": False}
+    )
+    convert(source, tmp_path / "out")
+    splitter: Any = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).pre_tokenizer
+    text = "it'S1234 x"
+    found = [text[begin:end] for _, (begin, end) in splitter.pre_tokenize_str(text)]
+    if pre in ("gpt-2", "smollm"):  # these know contractions in lower case only
+        pieces = [*pieces[:1], "'", "S", *pieces[2:]]
+    assert found == pieces
 
 
 def test_a_beginning_of_sequence_is_added_when_the_file_says_so(tmp_path: Path) -> None:
