@@ -29,15 +29,22 @@ EOS = 7
 MASK = (1 << 64) - 1
 
 
-def make_card(fingerprint: str = "f1", model: str = "tiny", assets: dict[str, bytes] | None = None) -> ModelCard:
+def make_card(
+    fingerprint: str = "f1",
+    model: str = "tiny",
+    assets: dict[str, bytes] | None = None,
+    *,
+    tokenizer_size: int = 300,
+    max_model_len: int = 4096,
+) -> ModelCard:
     """A small vocabulary, so that end-of-sequence comes up by itself now and then."""
     return ModelCard(
         fingerprint=fingerprint,
         model=model,
-        max_model_len=4096,
+        max_model_len=max_model_len,
         max_num_seqs=32,
-        logits_size=320,
-        tokenizer_size=300,
+        logits_size=tokenizer_size + 20,
+        tokenizer_size=tokenizer_size,
         eos_ids=(EOS,),
         bos_id=None,
         block_size=16,
@@ -453,6 +460,12 @@ async def _serve(options: argparse.Namespace) -> None:
         options.endpoint,
         secret=options.secret,
         assets=assets,
+        card=make_card(
+            model=options.model,
+            assets=assets,
+            tokenizer_size=options.tokenizer_size,
+            max_model_len=options.max_model_len,
+        ),
         max_rows=options.max_rows,
         step_s=options.step_ms / 1000,
         beat_s=0.1,
@@ -468,6 +481,9 @@ def main() -> None:
     parser.add_argument("--secret", default=SECRET)
     parser.add_argument("--step-ms", type=float, default=50.0)
     parser.add_argument("--max-rows", type=int, default=1024)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--tokenizer-size", type=int, default=300, help="ids said are below this")
+    parser.add_argument("--max-model-len", type=int, default=1 << 20)
     parser.add_argument("--asset", action="append", default=[], help="a file of the model card; may be repeated")
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_serve(parser.parse_args()))

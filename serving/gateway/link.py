@@ -269,6 +269,8 @@ class Link:
         ticket = self._rows.get(handle)
         if ticket is None:
             return
+        if not 0 <= cached_tokens <= ticket.num_prompt_tokens + len(ticket.choice.output_ids):
+            raise wire.WireError(f"handle {handle}: {cached_tokens} cached tokens")
         if not ticket.is_admitted:
             ticket.is_admitted = True
             self.load -= ticket.num_uncomputed
@@ -335,7 +337,7 @@ class Link:
             return None
         if reason != FinishReason.STOP:
             return f"handle {ticket.handle}: finish reason {reason}"
-        if not ids or (stop_token_id >= 0 and ids[-1] != stop_token_id):
+        if not ids or (stop_token_id != -1 and ids[-1] != stop_token_id):
             return f"handle {ticket.handle}: ended by stop token {stop_token_id}, which is not its last"
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from array import array
 from collections.abc import Callable
@@ -77,7 +78,7 @@ class World:
 
 def test_tokens_reach_their_journals_and_each_choice_is_called_once() -> None:
     world = World()
-    (first, _), (second, _) = world.submit(), world.submit()
+    (first, _), (second, _) = world.submit(prompt=(20,) * 17), world.submit()
     world.step((0, 50), (1, 60), (0, 51), admitted=[(0, 16), (1, 0)])
     world.step((1, 61))
     assert list(first.choice.output_ids) == [50, 51]
@@ -158,7 +159,7 @@ def test_an_end_without_a_token_in_the_frame_is_still_progress() -> None:
 
 def test_cached_tokens_are_those_of_the_first_admission() -> None:
     world, other = World(), World()
-    client, ticket = world.submit()
+    client, ticket = world.submit(prompt=(20,) * 50)
     world.step(admitted=[(0, 32)])
     world.link.end(Cause.LOST)
     other.link.submit(ticket)
@@ -204,6 +205,8 @@ GARBAGE: list[tuple[str, dict[str, Any]]] = [
     ("logprobs entry 0", {"pairs": [(1, 60)], "logprobs": [(0, entry(6))]}),
     ("logprobs entry -1", {"pairs": [(1, 60)], "logprobs": [(-1, entry())]}),
     ("ended by length after 1", {"pairs": [(0, 50)], "finished": [(0, 1, -1)]}),
+    ("-3 cached tokens", {"pairs": [], "admitted": [(0, -3)]}),
+    ("4000 cached tokens", {"pairs": [], "admitted": [(0, 4000)]}),
     ("finish reason 9", {"pairs": [(0, 50)], "finished": [(0, 9, -1)]}),
     ("ended by stop token 51", {"pairs": [(0, 50)], "finished": [(0, 2, 51)]}),
     ("ended by stop token -1", {"pairs": [], "finished": [(0, 2, -1)]}),
@@ -238,6 +241,35 @@ def test_a_second_hello_is_no_message_of_an_open_link() -> None:
     world = World()
     with pytest.raises(wire.WireError, match="unexpected HelloReply"):
         world.link.receive(wire.HelloReply(1, CARD, 1, "", b"", b""))
+
+
+def test_mangled_frames_are_refused_or_harmless() -> None:
+    draw = random.Random(1)
+    num_refused = 0
+    for _ in range(3000):
+        world = World()
+        clients = [world.submit(max_tokens=4, logprobs=logprobs)[0] for logprobs in (-1, 0, 2)]
+        pairs = array("I", [0, 50, 1, 60, 2, 70]).tobytes()
+        frame = wire.encode(
+            wire.Step(1, pairs, [(0, 2, 50)], [(0, 0), (1, 0), (2, 0)], [(1, entry()), (2, entry(20))], 7)
+        )
+        mangled = bytearray(frame[4:])
+        for _ in range(draw.randrange(1, 4)):
+            mangled[draw.randrange(len(mangled))] = draw.randrange(256)
+        try:
+            world.link.receive(wire.decode_from_replica(bytes(mangled)))
+        except wire.WireError:
+            num_refused += 1
+        for client in clients:
+            choice = client.choice
+            assert all(0 <= token < 300 for token in choice.output_ids)
+            assert len(choice.output_ids) <= 4
+            assert choice.sampling.logprobs < 0 or len(choice.logprobs) == len(choice.output_ids)
+            assert choice.cached_tokens is None or 0 <= choice.cached_tokens <= 7
+            assert choice.finish is None or choice.output_ids
+            for packed in choice.logprobs:
+                wire.unpack_logprobs(packed)
+    assert 1000 < num_refused < 3000
 
 
 def test_the_end_is_a_fence() -> None:
