@@ -222,13 +222,15 @@ def test_a_replica_whose_files_differ_from_its_card_does_not_make_us_ready(
     monkeypatch.setattr("serving.gateway.assets.FETCH_TIMEOUT_S", 0.3)
     monkeypatch.setattr("serving.gateway.dispatch.PREFETCH_RETRY_S", 0.05)
 
+    name = "chat_template.jinja"
+
     async def scenario() -> None:
-        async with plane(1, assets=ASSETS, cache_dir=str(tmp_path)) as (dispatch, (replica,)):
-            replica.assets = {**ASSETS, "chat_template.jinja": b"{{ other }}"}
+        async with plane(1, assets={name: ASSETS[name]}, cache_dir=str(tmp_path)) as (dispatch, (replica,)):
+            replica.assets = {name: b"{{ other }}"}
             with pytest.raises(NoCapacity, match=r"chat_template\.jinja"):
-                await dispatch.asset(replica.card, "chat_template.jinja")
-            assert "chat_template.jinja" in dispatch.is_ready()[1]
-            replica.assets = ASSETS
+                await dispatch.asset(replica.card, name)
+            assert name in dispatch.is_ready()[1]
+            replica.assets = {name: ASSETS[name]}
             await until(lambda: dispatch.is_ready()[0])
 
     run(scenario())
