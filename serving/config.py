@@ -292,7 +292,7 @@ def _assemble(values: dict[str, Any], environ: Mapping[str, str]) -> ServeSettin
     serve = part(ServeSettings)
     if not serve.get("store"):
         cache = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME") or "~").expanduser() / ".cache")
-        serve["store"] = str(Path(cache) / "argosy")
+        serve["store"] = str(Path(cache) / "argosy" / "models")
     model = str(serve.get("model", DEFAULT_MODEL))
     name = serve.get("served_model_name") or derived_name(model)
     serve["served_model_name"] = name

@@ -247,7 +247,7 @@ class Supervisor:
             else (),
             directory_url=None if is_local else f"http://127.0.0.1:{self._directory_port}/directory",
             secret=self._folder.secret.hex(),
-            cache_dir=str(Path(settings.store) / "assets"),
+            cache_dir=str(Path(settings.store) / ".assets"),
         )
         return Launch(msgspec.json.encode(gateway).decode(), fds=(self._listener.fileno(),))
 

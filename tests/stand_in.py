@@ -118,13 +118,17 @@ def ask(address: str, word: str = "who", timeout_s: float = 10.0) -> tuple[int, 
 
 
 def fetch(url: str, timeout_s: float = 5.0) -> tuple[int, Any]:
-    """(status, JSON body) of a GET."""
+    """(status, body) of a GET; the body as JSON, or as text where it is not JSON."""
     host, _, path = url.removeprefix("http://").partition("/")
     connection = http.client.HTTPConnection(host, timeout=timeout_s)
     try:
         connection.request("GET", "/" + path)
         response = connection.getresponse()
-        return response.status, msgspec.json.decode(response.read())
+        body = response.read()
+        try:
+            return response.status, msgspec.json.decode(body)
+        except msgspec.DecodeError:
+            return response.status, body.decode(errors="replace")
     finally:
         connection.close()
 

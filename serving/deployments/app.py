@@ -1,23 +1,16 @@
-"""The Serve applications, and the one config by which they are deployed and scaled (C19d).
-
-`serve.run` is never called: it draws a new version each time and replaces every replica.
-"""
+"""The Serve applications. Deployed only through `document.serve_config` (C19d): `serve.run` draws a new
+version each time and replaces every replica."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Final
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
 from serving.deployments.directory import Directory
-from serving.deployments.replica import DIRECTORY_APP, DIRECTORY_DEPLOYMENT, Replica, ReplicaArguments
-
-MODEL_APP: Final = "model"
-MODEL_DEPLOYMENT: Final = "Replica"
-
-_HEALTH: Final = {"health_check_period_s": 1.0, "health_check_timeout_s": 2.0}
+from serving.deployments.document import DIRECTORY_DEPLOYMENT, MODEL_DEPLOYMENT
+from serving.deployments.replica import Replica
 
 
 def build(arguments: dict[str, Any]) -> Application:
@@ -28,50 +21,3 @@ def build(arguments: dict[str, Any]) -> Application:
 def build_directory(arguments: dict[str, Any]) -> Application:
     """The directory. An application of its own, so that a new model config does not restart it."""
     return serve.deployment(Directory, name=DIRECTORY_DEPLOYMENT).bind()
-
-
-def serve_config(
-    model: ReplicaArguments | None, *, num_replicas: int = 1, num_cpus: float = 1.0, max_surge_percent: int = 100
-) -> dict[str, Any]:
-    """The whole of what shall run, as a `ServeDeploySchema` document: what it does not name is removed.
-
-    model: None = the directory alone. num_cpus: Ray's admission figure of one replica; its threads
-    are set in EngineSettings.
-    """
-    directory: dict[str, Any] = {
-        "name": DIRECTORY_APP,
-        "route_prefix": "/directory",
-        "import_path": "serving.deployments.app:build_directory",
-        "deployments": [
-            {
-                "name": DIRECTORY_DEPLOYMENT,
-                "num_replicas": 1,
-                "max_ongoing_requests": 1000,  # one long poll per gateway process
-                "graceful_shutdown_timeout_s": 1.0,
-                "graceful_shutdown_wait_loop_s": 0.1,
-                "ray_actor_options": {"num_cpus": 0.0},
-                **_HEALTH,
-            }
-        ],
-    }
-    applications: list[dict[str, Any]] = [directory]
-    if model is not None:
-        replica: dict[str, Any] = {
-            "name": MODEL_DEPLOYMENT,
-            "num_replicas": num_replicas,
-            "graceful_shutdown_timeout_s": model.drain_timeout_s + 10.0,
-            "graceful_shutdown_wait_loop_s": 0.1,
-            "max_surge_percent": max_surge_percent,
-            "ray_actor_options": {"num_cpus": num_cpus},
-            **_HEALTH,
-        }
-        applications.append(
-            {
-                "name": MODEL_APP,
-                "route_prefix": None,
-                "import_path": "serving.deployments.app:build",
-                "args": dataclasses.asdict(model),
-                "deployments": [replica],
-            }
-        )
-    return {"applications": applications}

@@ -21,6 +21,7 @@ import msgspec
 
 from serving import config
 from serving.control import Deploy, Event, Failed, Note, Phase, Ready, RuntimeEnd, RuntimeSettings
+from serving.deployments.document import ReplicaArguments, serve_config
 
 OBJECT_STORE_BYTES: Final = 100 << 20  # no tensor and no token ever passes through it
 WATCH_STARTING_S: Final = 0.1
@@ -63,6 +64,7 @@ def start_cluster(session: Path, *, cores: int, directory_port: int, tell: Any =
     tell("import", time.monotonic() - begun)
     begun = time.monotonic()
     ray.init(
+        address="local",  # never a cluster that RAY_ADDRESS or a file names
         num_cpus=cores,
         num_gpus=0,
         object_store_memory=OBJECT_STORE_BYTES,
@@ -83,7 +85,7 @@ def start_cluster(session: Path, *, cores: int, directory_port: int, tell: Any =
 
 
 def deploy(document: dict[str, Any]) -> None:
-    """Make the document (`app.serve_config`) what runs. Returns at once; Serve reconciles."""
+    """Make the document (`document.serve_config`) what runs. Returns at once; Serve reconciles."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
@@ -112,8 +114,6 @@ class RayRuntime:
                 tell=lambda name, seconds: self._tell(Phase("ray", name, seconds)),
             )
             signal.signal(signal.SIGTERM, _exit)  # Ray has put its own handler there
-            from serving.deployments.app import serve_config
-
             deploy(serve_config(None))  # its worker starts while the model is still being verified
             while True:
                 wait_s = WATCH_STEADY_S if self._was_ready else WATCH_STARTING_S
@@ -130,9 +130,6 @@ class RayRuntime:
             ray.shutdown()
 
     def _deploy(self, order: Deploy) -> None:
-        from serving.deployments.app import serve_config
-        from serving.deployments.replica import ReplicaArguments
-
         self._order, self._was_ready, self._num_reports = order, False, 0
         arguments = ReplicaArguments(
             engine=order.engine,

@@ -53,7 +53,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 class Directory:
     """The membership of one cluster. Every method runs on the deployment's event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, expire_s: float = EXPIRE_S) -> None:
+        self._expire_s = expire_s
         # A restarted directory must not repeat a version that somebody waits on.
         self._version = time.time_ns() // 1_000_000
         self._entries: dict[str, tuple[Entry, float]] = {}
@@ -118,13 +119,13 @@ class Directory:
     async def _sweep(self) -> None:
         looked_s = time.monotonic()
         while True:
-            await asyncio.sleep(EXPIRE_S / 20)
+            await asyncio.sleep(self._expire_s / 20)
             now = time.monotonic()
-            if now - looked_s > 1.0 + EXPIRE_S / 20:
+            if now - looked_s > 1.0 + self._expire_s / 20:
                 # We stood still ourselves: renewals wait unread, nobody has expired.
                 self._entries = {key: (entry, now) for key, (entry, _) in self._entries.items()}
             looked_s = now
-            expired = [key for key, (_, renewed_s) in self._entries.items() if now - renewed_s > EXPIRE_S]
+            expired = [key for key, (_, renewed_s) in self._entries.items() if now - renewed_s > self._expire_s]
             for key in expired:
                 del self._entries[key]
             if expired:

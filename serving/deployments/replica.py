@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import importlib
 import logging
 from pathlib import Path
@@ -17,27 +16,13 @@ from typing import Any, Final
 import msgspec
 from ray import serve
 
-from serving.config import EngineSettings
-from serving.control import DEFAULT_SERVER
 from serving.deployments.directory import RENEW_S
+from serving.deployments.document import DIRECTORY_APP, DIRECTORY_DEPLOYMENT, ReplicaArguments
 from serving.errors import ModelLoadError, SettingsError
 
 logger = logging.getLogger("ray.serve")
 
-DIRECTORY_APP: Final = "directory"
-DIRECTORY_DEPLOYMENT: Final = "Directory"
 CALL_TIMEOUT_S: Final = 2.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaArguments:
-    """Arguments of the Serve application, as they stand in its config."""
-
-    engine: EngineSettings
-    secret_file: str  # the secret itself stays out of Serve's config, logs and state
-    listen: str = "tcp:127.0.0.1:7600-7631"
-    drain_timeout_s: float = 30.0
-    server: str = DEFAULT_SERVER
 
 
 class Replica:

@@ -1,0 +1,77 @@
+"""What runs on a cluster, as one document in Serve's config format (`ServeDeploySchema`).
+
+Imports no ray: Kubernetes manifests are rendered from the same function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+from serving.config import EngineSettings
+from serving.control import DEFAULT_SERVER
+
+DIRECTORY_APP: Final = "directory"
+DIRECTORY_DEPLOYMENT: Final = "Directory"
+MODEL_APP: Final = "model"
+MODEL_DEPLOYMENT: Final = "Replica"
+
+_HEALTH: Final = {"health_check_period_s": 1.0, "health_check_timeout_s": 2.0}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaArguments:
+    """Arguments of the Serve application, as they stand in its config."""
+
+    engine: EngineSettings
+    secret_file: str  # the secret itself stays out of Serve's config, logs and state
+    listen: str = "tcp:127.0.0.1:7600-7631"
+    drain_timeout_s: float = 30.0
+    server: str = DEFAULT_SERVER
+
+
+def serve_config(
+    model: ReplicaArguments | None, *, num_replicas: int = 1, num_cpus: float = 1.0, max_surge_percent: int = 100
+) -> dict[str, Any]:
+    """The whole of what shall run, as a `ServeDeploySchema` document: what it does not name is removed.
+
+    model: None = the directory alone. num_cpus: Ray's admission figure of one replica; its threads
+    are set in EngineSettings.
+    """
+    directory: dict[str, Any] = {
+        "name": DIRECTORY_APP,
+        "route_prefix": "/directory",
+        "import_path": "serving.deployments.app:build_directory",
+        "deployments": [
+            {
+                "name": DIRECTORY_DEPLOYMENT,
+                "num_replicas": 1,
+                "max_ongoing_requests": 1000,  # one long poll per gateway process
+                "graceful_shutdown_timeout_s": 1.0,
+                "graceful_shutdown_wait_loop_s": 0.1,
+                "ray_actor_options": {"num_cpus": 0.0},
+                **_HEALTH,
+            }
+        ],
+    }
+    applications: list[dict[str, Any]] = [directory]
+    if model is not None:
+        replica: dict[str, Any] = {
+            "name": MODEL_DEPLOYMENT,
+            "num_replicas": num_replicas,
+            "graceful_shutdown_timeout_s": model.drain_timeout_s + 10.0,
+            "graceful_shutdown_wait_loop_s": 0.1,
+            "max_surge_percent": max_surge_percent,
+            "ray_actor_options": {"num_cpus": num_cpus},
+            **_HEALTH,
+        }
+        applications.append(
+            {
+                "name": MODEL_APP,
+                "route_prefix": None,
+                "import_path": "serving.deployments.app:build",
+                "args": dataclasses.asdict(model),
+                "deployments": [replica],
+            }
+        )
+    return {"applications": applications}

@@ -1,0 +1,50 @@
+"""Fixtures that are too slow to build per test."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclasses.dataclass(frozen=True)
+class RayCluster:
+    """A private local cluster with Serve on it, in this process's charge."""
+
+    folder: Path
+    directory_url: str
+    secret_file: Path
+
+    def deploy(self, document: dict[str, Any]) -> None:
+        """Make the document (`document.serve_config`) what runs."""
+        from serving.deployments.cluster import deploy
+
+        deploy(document)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """One Ray cluster for the whole run: starting it takes seconds."""
+    from serving.deployments.cluster import start_cluster
+    from serving.supervisor import free_port
+
+    folder = Path(tempfile.mkdtemp(prefix="argosy-", dir="/tmp"))  # short: it holds Unix sockets
+    secret_file = folder / "secret"
+    secret_file.write_bytes(secrets.token_bytes(32))
+    port = free_port()
+    with warnings.catch_warnings(action="ignore"):  # Ray's own deprecations, at import
+        start_cluster(folder / "ray", cores=4, directory_port=port)
+    try:
+        yield RayCluster(folder, f"http://127.0.0.1:{port}/directory", secret_file)
+    finally:
+        import ray
+
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
