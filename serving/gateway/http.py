@@ -9,7 +9,9 @@ the answer and not a reset.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import struct
 from collections import deque
 from typing import Any, ClassVar, cast
 
@@ -90,7 +92,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def abort(self) -> None:
-        """Close now; what is unsent is lost."""
+        """Close now; what is unsent is lost, in the kernel's buffer as well."""
+        sock: socket.socket | None = self.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError, AttributeError):  # closed already, or no socket
+            cast(socket.socket, sock).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     def break_off(self) -> None:
@@ -244,7 +249,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _abort_later(self, delay_s: float) -> None:
         self._unset_deadline()
-        self._deadline = self.loop.call_later(delay_s, self.transport.abort)
+        self._deadline = self.loop.call_later(delay_s, self.abort)
 
     def _unset_deadline(self) -> None:
         if self._deadline is not None:
