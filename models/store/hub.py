@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
+import io
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from models.store.errors import StoreError
 from models.store.folder import check_folder
@@ -22,20 +27,26 @@ PATTERNS = (
 )
 """Nothing else is fetched: no pickles, no code."""
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
-def fetch(repository: str, revision: str | None, folder: Path) -> None:
+
+def fetch(repository: str, revision: str | None, folder: Path, progress: Callable[[int, int], None]) -> dict[str, str]:
     """Fill the empty `folder` with the repository's model files.
 
-    Blobs already in the hub's cache are linked, or copied when the cache is on another file system. Raises
-    StoreError when the hub refuses, cannot be reached and the cache holds no copy, or the files are unsafe.
+    The hub's own cache is used; weights are linked to its blobs, or copied when it is on another file system.
+    progress: (bytes there, bytes in all as far as known). Returns the sha256 (hex) that the hub gave for files, as
+    far as it did. Raises StoreError when the hub refuses, cannot be reached and the cache holds no copy, or the
+    files are unsafe.
     """
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
-    cache = huggingface_hub.constants.HF_HUB_CACHE
+    cache = constants.HF_HUB_CACHE
     name = repository if revision is None else f"{repository}@{revision}"
     try:
-        snapshot = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(PATTERNS)))
+        downloaded = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=list(PATTERNS), tqdm_class=_bar(progress)
+        )
     except errors.GatedRepoError:
         raise StoreError(f"{name}: the hub wants you to accept this model's terms and log in (hf auth login)") from None
     except errors.LocalEntryNotFoundError:
@@ -47,17 +58,49 @@ def fetch(repository: str, revision: str | None, folder: Path) -> None:
         raise StoreError(f"{name}: the hub has no such revision") from None
     except errors.RepositoryNotFoundError:
         raise StoreError(f"{name}: the hub has no such model, or it is private and you are not logged in") from None
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # whatever the library's HTTP client, cache and parsers raise
         summary = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise StoreError(f"{name}: the hub cannot be read: {summary[0]}") from None
+    snapshot = Path(downloaded)
     check_folder(snapshot)
+    promised: dict[str, str] = {}
     for path in snapshot.iterdir():
-        if path.name in PATTERNS or (path.name.startswith("model-") and path.suffix == ".safetensors"):
-            _take(path.resolve(), folder / path.name)
+        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in PATTERNS):
+            continue
+        blob = path.resolve()
+        if _SHA256.fullmatch(blob.name):  # the cache names large files by their content
+            promised[path.name] = blob.name
+        _take(blob, folder / path.name)
+    return promised
+
+
+def _bar(progress: Callable[[int, int], None]) -> type[Any]:
+    """The library reports through the class of its progress bars: one that draws nothing."""
+    from huggingface_hub import utils
+
+    tqdm: Any = utils.tqdm  # type: ignore[attr-defined]  # re-exported without saying so
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts_files = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            drawn: bool | None = super().update(n)
+            if self._counts_files:
+                progress(int(self.n), int(self.total or 0))
+            return drawn
+
+    return Bar
 
 
 def _take(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    """Small files are copied: whoever edits one in the store must not edit the hub's cache."""
+    if target.suffix == ".safetensors":
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without links
+            pass
+        else:
+            return
+    shutil.copyfile(source, target)

@@ -70,17 +70,23 @@ def _make(source: PackagedGguf | GgufSource | HubSource, target: Path, report: P
             from models.store import hub
 
             report("download", 0, 0)
-            hub.fetch(source.repository, source.revision, scratch)
+            promised = hub.fetch(
+                source.repository, source.revision, scratch, lambda done, total: report("download", done, total)
+            )
             origin = f"hub:{source.repository}" + (f"@{source.revision}" if source.revision else "")
             known: dict[str, str] = {}
         else:
-            path, sha256, origin = _gguf(source)
-            if sha256 is not None and sha256_of(path) != sha256:
-                raise StoreError(f"{path.name}: the file is damaged (its sha256 is not {sha256}); install it again")
+            path, expected, origin = _gguf(source)
+            if expected is not None and sha256_of(path) != expected:
+                raise StoreError(f"{path.name}: the file is damaged (its sha256 is not {expected}); install it again")
+            promised = {}
             from models.store.convert import convert_gguf
 
             known = convert_gguf(path, scratch, lambda done, total: report("convert", done, total))
-        write_manifest(scratch, origin, known)
+        manifest = write_manifest(scratch, origin, known)
+        for name, sha256 in promised.items():
+            if manifest.files[name].sha256 != sha256:
+                raise StoreError(f"{name}: the copy in the hub's cache is damaged; delete it there and pull again")
         verify(scratch, deep=True, progress=lambda done, total: report("verify", done, total))
         check_folder(scratch)
         sync_folder(scratch)

@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import itertools
 import json
+import random
 import time
 from typing import Any
 
@@ -104,6 +105,35 @@ def test_special_text_in_messages_stays_text(kind: str, name: str) -> None:
         ids = template.encode(hostile)
         if kind == "byte-level":
             assert tokenizer.decode(ids, skip_special_tokens=False) == template.render(hostile)
+
+
+def test_random_attacks_never_become_special() -> None:
+    tokenizer = make_tokenizer(family("byte-level"))
+    template = make_template(CHATML, tokenizer)
+    choose = random.Random(7)
+    parts = [
+        "<",
+        "|",
+        "|>",
+        "<|",
+        "im_",
+        "im",
+        "_end",
+        "end|>",
+        "start",
+        "<|im_end|>",
+        "</s>",
+        "</",
+        "s>",
+        " ",
+        "\n",
+        "q",
+    ]
+    for _ in range(500):
+        hostile = [user("".join(choose.choices(parts, k=choose.randint(0, 12)))) for _ in range(3)]
+        ids = template.encode(hostile)
+        assert sum(map(tokenizer.is_special, ids)) == 7, hostile
+        assert tokenizer.decode(ids, skip_special_tokens=False) == template.render(hostile)
 
 
 def test_a_special_token_cannot_be_built_from_two_messages() -> None:

@@ -164,6 +164,12 @@ def test_a_folder_in_the_way_is_not_touched(tmp_path: Path) -> None:
     assert (target / "diary.txt").read_text() == "mine"
 
 
+def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(StoreError, match=r"the store .+ cannot be written: Not a directory"):
+        pull(str(write_gguf(tmp_path / "tiny.gguf")), store=tmp_path / "store")
+
+
 def test_a_manifest_cannot_point_out_of_its_folder(tmp_path: Path) -> None:
     folder = pull(str(write_gguf(tmp_path / "tiny.gguf")), store=tmp_path / "store")
     content = json.loads((folder / MANIFEST).read_text())
@@ -198,46 +204,6 @@ def test_a_reference_that_means_nothing_is_refused(tmp_path: Path, reference: st
     with pytest.raises(StoreError, match="model"):
         pull(reference, store=tmp_path / "store")
     assert not (tmp_path / "store").exists()
-
-
-def test_the_hub_offline_is_answered_with_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def unreachable(*args: object, **kwargs: object) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(StoreError, match=r"owner/name: the hub cannot be reached and its cache .+ holds no copy"):
-        pull("owner/name", store=tmp_path / "store")
-    assert tree(tmp_path / "store") == {}
-
-
-def test_a_hub_snapshot_is_linked_without_its_pickles_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    blobs = tmp_path / "models--owner--name" / "blobs"
-    blobs.mkdir(parents=True)
-    snapshot = write_folder(blobs.parent / "snapshots" / "abc")
-    (snapshot / "model.safetensors").rename(blobs / "cafe")
-    (snapshot / "model.safetensors").symlink_to(blobs / "cafe")
-    (snapshot / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    (snapshot / "modeling.py").write_text("boom")
-    asked: list[object] = []
-
-    def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((repository, revision))
-        assert not any(pattern.endswith((".bin", ".py")) for pattern in allow_patterns)
-        return str(snapshot)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    folder = pull("owner/name@v1", store=tmp_path / "store")
-    assert asked == [("owner/name", "v1")]
-    assert folder == tmp_path / "store" / "owner--name--v1"
-    assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors", MANIFEST}
-    assert (folder / "model.safetensors").stat().st_ino == (blobs / "cafe").stat().st_ino
-    assert not (folder / "model.safetensors").is_symlink()
-    assert pull("owner/name@v1", store=tmp_path / "store") == folder
-    assert len(asked) == 1
 
 
 def test_the_store_is_on_the_path_of_every_start_so_it_imports_no_torch() -> None:
