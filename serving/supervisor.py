@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -200,7 +201,7 @@ class Supervisor:
     async def _serve(self) -> None:
         """From nothing to the ready line; then only waits."""
         begun = time.monotonic()
-        model_dir = await asyncio.to_thread(self._find_model)
+        model_dir = await _in_thread(self._find_model)
         self._view.phase("model", "pull and verify", time.monotonic() - begun)
         engine = dataclasses.replace(
             self._settings.engine, model_dir=str(model_dir), num_threads=self._facts.num_threads
@@ -322,7 +323,8 @@ class Supervisor:
         """Ask, wait, kill: nothing survives, and it takes STOP_S at most and a little."""
         self._listener.close()
         self.gateway.stop()
-        self.runtime.stop(ask=False)  # the end of the conversation tells it; Ray prints a trace on SIGTERM
+        # The end of the conversation tells the runtime too, and Ray prints a trace on SIGTERM.
+        self.runtime.stop(ask=self._settings.runtime != "ray")
         if self._runtime_end is not None:
             self._runtime_end.close()
         for child, keeper in zip((self.runtime, self.gateway), keepers, strict=True):
@@ -339,6 +341,33 @@ class Supervisor:
         if self._failure.done():
             self._failure.exception()  # looked at, also when something else ended the run
         self._folder.remove()
+
+
+async def _in_thread(function: Callable[[], Path]) -> Path:
+    """What the function returns or raises. Unlike asyncio.to_thread, a stop does not wait for it: a
+    pull may take minutes, and one that is cut off is made again."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[Path] = loop.create_future()
+
+    def settle(value: Path | None, error: BaseException | None) -> None:
+        if result.cancelled():
+            return
+        if error is not None:
+            result.set_exception(error)
+        elif value is not None:
+            result.set_result(value)
+
+    def work() -> None:
+        value, error = None, None
+        try:
+            value = function()
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=work, name="pull", daemon=True).start()
+    return await result
 
 
 async def _wait(event: asyncio.Event) -> None:

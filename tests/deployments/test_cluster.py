@@ -98,10 +98,12 @@ def test_check_health_tells_the_truth(ray_cluster: RayCluster, end: str) -> None
         ask(f"tcp:{entry['host']}:{entry['port']}", "sick")
     else:
         os.kill(pid, signal.SIGKILL if end == "kill" else signal.SIGSTOP)
-    eventually(lambda: not is_alive(pid), 15.0)
+    eventually(lambda: not is_alive(pid), 20.0)
     gone_s = time.monotonic() - begun
     after = eventually(lambda: len(seen := members(ray_cluster)) == 2 and victim not in seen and seen, 30.0)
-    assert gone_s < 10.0, "a sick replica is killed, not drained"
+    # Serve asks three times, each for health_check_period_s + health_check_timeout_s at most. A drain
+    # would take drain_timeout_s + 10 s more.
+    assert gone_s < 14.0, "a sick replica is killed, not drained"
     [survivor] = set(before) - {victim}
     assert after[survivor] == before[survivor], "its neighbour was not touched"
 
@@ -153,26 +155,21 @@ def test_a_model_that_does_not_load_tells_why(ray_cluster: RayCluster) -> None:
 def test_ray_refuses_whoever_has_no_token(ray_cluster: RayCluster) -> None:
     import ray
 
-    address = ray.get_runtime_context().gcs_address
-    script = f"import ray; ray.init({address!r}); print('connected')"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    token = ray_cluster.folder / "other-token"
-    token.write_text("0" * 64)
-
-    def connect(**more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", script], env=environment | more, capture_output=True, text=True, timeout=60
-        )
-
-    wrong = connect(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
-    assert wrong.returncode != 0 and "connected" not in wrong.stdout
-    assert "token" in wrong.stderr.lower()
-    right = connect(
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN_PATH=os.environ["RAY_AUTH_TOKEN_PATH"],
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    script = (
+        "import sys; from ray._raylet import GcsClient; print(GcsClient(address=sys.argv[1]).internal_kv_keys(b''))"
     )
-    assert "connected" in right.stdout, right.stderr
+    other = ray_cluster.folder / "other-token"
+    other.write_text("0" * 64)
+
+    def connect(**environment: str) -> subprocess.CompletedProcess[str]:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        command = [sys.executable, "-c", script, ray.get_runtime_context().gcs_address]
+        return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=60)
+
+    for refused in (connect(), connect(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(other))):
+        assert refused.returncode != 0 and "AuthenticationError" in refused.stderr
+    admitted = connect(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert admitted.returncode == 0 and admitted.stdout.startswith("["), admitted.stderr
 
 
 def test_only_serves_own_replica_port_listens_beyond_loopback(ray_cluster: RayCluster) -> None:
