@@ -34,18 +34,16 @@ def unlink(address: str) -> None:
 
 
 def _bind_unix(path: str) -> socket.socket:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if probe.connect_ex(path) == 0:
+            raise SettingsError(f"another process listens on {path}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
-            sock.connect(path)
-            raise SettingsError(f"another process listens on {path}")
-        sock.close()
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         unlink(path)
         sock.bind(path)
     except OSError as error:
         sock.close()
-        raise SettingsError(f"cannot listen on {path}: {error.strerror}") from error
+        raise SettingsError(f"cannot listen on {path}: {error.strerror or error}") from error
     return sock
 
 

@@ -15,6 +15,7 @@ Features = npt.NDArray[np.float64]
 
 _FORGETTING = 0.995
 _MIN_SAMPLES = 16
+UNLIMITED = 1 << 30
 _SCALE: Features = np.array([1.0, 1e-2, 1e-5, 1e-1, 1e-4])  # brings features to order one
 
 
@@ -56,13 +57,13 @@ class StepCostModel:
             return self._initial_s
         return max(1e-4, float(step @ np.maximum(self._weights, 0.0)))
 
-    def prefill_allowance(self, base: Features, context: int, budget_s: float) -> int:
-        """How many more prefill tokens at `context` fit into `budget_s` beside a step of `base`."""
+    def prefill_allowance(self, contexts: npt.NDArray[np.int32], context: int, budget_s: float) -> int:
+        """How many prefill tokens at `context` fit into `budget_s` beside decoding rows at `contexts`."""
         if not self.is_fitted:
-            return 1 << 30
+            return UNLIMITED
         weights = np.maximum(self._weights, 0.0)
         per_token = float(weights[1] * _SCALE[1] + weights[2] * _SCALE[2] * context)
-        left = budget_s - float(base @ weights)
         if per_token <= 0.0:
-            return 1 << 30
-        return max(0, int(left / per_token))
+            return UNLIMITED
+        base = features(np.ones(len(contexts), np.int32), contexts)
+        return max(0, int((budget_s - float(base @ weights)) / per_token))

@@ -1,8 +1,12 @@
-"""Outputs of rows whose gateway has gone, kept for whoever asks with `find` (C22)."""
+"""Outputs of keyed rows, kept for whoever asks with `find` when their gateway has gone (C22).
+
+They are kept from the first token on: what was written to a dying connection may not have been read.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from array import array
 from collections import OrderedDict
 
@@ -16,12 +20,12 @@ Key = tuple[int, int]  # (connection, handle) under which the row was submitted
 
 @dataclasses.dataclass(slots=True)
 class HeldRow:
-    """A row that runs on without a reader."""
+    """A keyed row: it runs on when its reader goes."""
 
     key: Key
     submit: Submit
     first_position: int  # output index of tokens[0]
-    until_s: float
+    until_s: float = math.inf  # known once the row has no reader or is over
     tokens: array[int] = dataclasses.field(default_factory=lambda: array("I"))
     logprobs: dict[int, bytes] = dataclasses.field(default_factory=dict)  # by index into tokens
     finished: tuple[int, int] | None = None  # (FinishReason, stop id or -1)
@@ -46,7 +50,7 @@ class HeldRows:
         self._rows[row.key] = row
 
     def append(self, key: Key, token: int, logprobs: bytes | None) -> None:
-        """An output of a held row. Outputs of rows that are not held are nobody's."""
+        """An output; of a row that is not keyed it is its reader's alone."""
         row = self._rows.get(key)
         if row is None:
             return
@@ -57,10 +61,17 @@ class HeldRows:
         row.num_bytes += size
         self._num_bytes += size
 
-    def finish(self, key: Key, reason: int, stop_id: int) -> None:
+    def finish(self, key: Key, reason: int, stop_id: int, until_s: float) -> None:
         row = self._rows.get(key)
         if row is not None:
             row.finished = (reason, stop_id)
+            row.until_s = until_s
+
+    def orphan(self, key: Key, until_s: float) -> None:
+        """The row's reader has gone."""
+        row = self._rows.get(key)
+        if row is not None:
+            row.until_s = min(row.until_s, until_s)
 
     def find(self, request_id: str, choice: int) -> HeldRow | None:
         for row in self._rows.values():
@@ -77,10 +88,12 @@ class HeldRows:
 
     def expire(self, now_s: float) -> list[HeldRow]:
         """Remove and return what has been held too long or does not fit; its rows are to be cancelled."""
-        dropped = []
-        while self._rows:
-            oldest = next(iter(self._rows.values()))
-            if oldest.until_s > now_s and self._num_bytes <= self._max_bytes:
+        dropped = [row for row in self._rows.values() if row.until_s <= now_s]
+        for row in dropped:
+            self.take(row.key)
+        while self._num_bytes > self._max_bytes:
+            oldest = next((row for row in self._rows.values() if row.until_s < math.inf), None)
+            if oldest is None:
                 break
             self.take(oldest.key)
             dropped.append(oldest)

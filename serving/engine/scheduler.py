@@ -187,15 +187,14 @@ class Scheduler:
         return features(plan.num_tokens, plan.starts + plan.num_tokens)
 
     def _prefill_budget(self, order: Int32Array, lack: Int32Array, num_decoding: int) -> int:
+        """Tokens left for the rows that lack many, so that the announced cost stays in bounds."""
         budget = self.max_num_batched_tokens - num_decoding
         behind = lack > 1
-        if budget > 0 and behind.any():
-            decoding = order[~behind]
-            base = features(np.ones(len(decoding), np.int32), self.rows.num_tokens[decoding])
-            context = int(self.rows.num_computed[order[behind]].max()) + budget
-            allowance = self.cost_model.prefill_allowance(base, context, MAX_ANNOUNCED_S)
-            budget = min(budget, max(allowance, self.block_size))
-        return budget
+        if budget <= 0 or not behind.any():
+            return budget
+        context = int(self.rows.num_computed[order[behind]].max()) + budget
+        allowance = self.cost_model.prefill_allowance(self.rows.num_tokens[order[~behind]], context, MAX_ANNOUNCED_S)
+        return min(budget, max(allowance, self.block_size))
 
     def _grow_tables(self, order: Int32Array, counts: np.typing.NDArray[np.int32]) -> None:
         """Give every chosen row the blocks for its tokens, preempting from the back of `order`.

@@ -15,10 +15,9 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from serving import wire
 from serving.config import EngineSettings
@@ -78,6 +77,7 @@ class ReplicaServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._connections: dict[int, Connection] = {}
+        self._accepted: weakref.WeakSet[Connection] = weakref.WeakSet()  # strangers before the handshake, too
         self._num_connections = 0
         self._held = HeldRows()
         self._beat_seq = 0
@@ -169,28 +169,28 @@ class ReplicaServer:
         loop = self._loop
         assert loop is not None
         asyncio.set_event_loop(loop)
-        loop.run_until_complete(self._open())
-        loop.create_task(self._forever(self._beat, BEAT_INTERVAL_S))
-        try:
-            loop.run_forever()
-        finally:
+        server = loop.run_until_complete(self._open())
+        beats = loop.create_task(self._forever(self._beat, BEAT_INTERVAL_S))
+        loop.run_forever()
+        server.close()
+        beats.cancel()
+        for _ in range(2):  # the second time those that were just being accepted
             self._close_connections()
-            for task in asyncio.all_tasks(loop):
-                task.cancel()
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
+            loop.run_until_complete(asyncio.sleep(0.01))
+        loop.close()
 
-    async def _open(self) -> None:
+    async def _open(self) -> asyncio.Server:
         loop = asyncio.get_running_loop()
 
         def connect() -> Connection:
             self._num_connections += 1
-            return Connection(self, self._num_connections)
+            connection = Connection(self, self._num_connections)
+            self._accepted.add(connection)
+            return connection
 
         if self._socket.family == socket.AF_UNIX:
-            await loop.create_unix_server(connect, sock=self._socket, start_serving=True)
-        else:
-            await loop.create_server(connect, sock=self._socket, start_serving=True)
+            return await loop.create_unix_server(connect, sock=self._socket)
+        return await loop.create_server(connect, sock=self._socket)
 
     async def _forever(self, function: Callable[[], None], interval_s: float) -> None:
         while True:
@@ -216,7 +216,7 @@ class ReplicaServer:
         for handle, submit in connection.live.items():
             key = (connection.number, handle)
             if submit.is_keyed:
-                self._held.hold(HeldRow(key, submit, len(submit.resume_ids) // 4, now + HOLD_S))
+                self._held.orphan(key, now + HOLD_S)
             else:
                 orphans.append(key)
         if orphans and self._loop is not None:
@@ -228,6 +228,7 @@ class ReplicaServer:
         elif isinstance(message, wire.Cancel):
             for handle in message.handles:
                 connection.live.pop(handle, None)
+                self._held.take((connection.number, handle))
             self._cancel_keys([(connection.number, handle) for handle in message.handles])
         elif isinstance(message, wire.Find):
             self._find(connection, message)
@@ -252,6 +253,8 @@ class ReplicaServer:
             self._reject(connection, submit.handle, error)
             return
         connection.live[submit.handle] = submit
+        if submit.is_keyed:
+            self._held.hold(HeldRow(request.key, submit, first_position=len(submit.resume_ids) // 4))
         self.core.call(lambda: self._add(connection, request))
 
     def _add(self, connection: Connection, request: Request) -> None:
@@ -293,6 +296,9 @@ class ReplicaServer:
             return
         if held.finished is None:
             connection.live[find.handle] = held.submit
+            held.key = (connection.number, find.handle)
+            held.until_s = math.inf
+            self._held.hold(held)
         connection.send(held_step(held, find, self.core.num_steps, connection.granted))
 
     def _send_asset(self, connection: Connection, name: str) -> None:
@@ -314,10 +320,10 @@ class ReplicaServer:
         concerned.update(connection for connection, _ in output.failed)
         for number in concerned:
             connection = self._connections.get(number)
-            if connection is None:
-                self._keep(number, output)
-            else:
+            if connection is not None:
                 self._send_step(connection, output)
+        if len(self._held):
+            self._keep(output)
         if output.finished or output.failed:
             for connection in self._connections.values():
                 self._grant(connection)
@@ -333,13 +339,15 @@ class ReplicaServer:
                 fault = EngineError("The model computed no usable numbers for this request.", code="engine_fault")
                 self._reject(connection, handle, fault)
 
-    def _keep(self, number: int, output: StepOutput) -> None:
-        for at in np.flatnonzero(output.connections == number).tolist():
-            key = (number, int(output.handles[at]))
-            self._held.append(key, int(output.tokens[at]), output.logprobs.get(at))
+    def _keep(self, output: StepOutput) -> None:
+        """Outputs of keyed rows, read or not."""
+        keys = zip(output.connections.tolist(), output.handles.tolist(), strict=True)
+        for at, key in enumerate(keys):
+            if key in self._held:
+                self._held.append(key, int(output.tokens[at]), output.logprobs.get(at))
+        until = time.monotonic() + HOLD_S
         for owner, handle, reason, stop_id in output.finished:
-            if owner == number:
-                self._held.finish((number, handle), int(reason), stop_id)
+            self._held.finish((owner, handle), int(reason), stop_id, until)
 
     # --- permits and beats ----------------------------------------------------------------------
 
@@ -410,5 +418,5 @@ class ReplicaServer:
         self._post(self._close_connections)
 
     def _close_connections(self) -> None:
-        for connection in list(self._connections.values()):
+        for connection in list(self._accepted):
             connection.close()
