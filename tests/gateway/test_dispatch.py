@@ -19,7 +19,7 @@ from serving.gateway.dispatch import Dispatch
 from serving.gateway.fleet import Fleet
 from serving.gateway.membership import Entry, Listing, Membership
 from serving.gateway.streams import Dispatcher
-from tests.faults import SECRET, FakeReplica
+from tests.faults import SECRET, FakeReplica, make_card
 from tests.gateway.plane import Client, all_ready, assert_undisturbed, mixed_clients, plane, run, socket_paths, until
 
 
@@ -223,10 +223,10 @@ def test_a_replica_whose_files_differ_from_its_card_does_not_make_us_ready(
     monkeypatch.setattr("serving.gateway.dispatch.PREFETCH_RETRY_S", 0.05)
 
     name = "chat_template.jinja"
+    options = {"card": make_card(assets={name: ASSETS[name]}), "assets": {name: b"{{ other }}"}}
 
     async def scenario() -> None:
-        async with plane(1, assets={name: ASSETS[name]}, cache_dir=str(tmp_path)) as (dispatch, (replica,)):
-            replica.assets = {name: b"{{ other }}"}
+        async with plane(1, cache_dir=str(tmp_path), **options) as (dispatch, (replica,)):
             with pytest.raises(NoCapacity, match=r"chat_template\.jinja"):
                 await dispatch.asset(replica.card, name)
             assert name in dispatch.is_ready()[1]
