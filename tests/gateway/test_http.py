@@ -125,7 +125,8 @@ def test_pipelining_is_capped(world: World) -> None:
     [
         ("GET", "/", 404), ("GET", "/docs", 404), ("GET", "/v1/nope", 404), ("GET", "/v1/models/nope", 404),
         ("GET", "/v1/models/../../etc/passwd", 404), ("GET", "/%2e%2e/etc/passwd", 404),
-        ("POST", "//v1/completions", 404), ("POST", "/v1/completions/", 404), ("GET", "/v1/completions", 405), ("PUT", "/v1/chat/completions", 405),
+        ("POST", "//v1/completions", 404), ("POST", "/v1/completions/", 404),
+        ("GET", "/v1/completions", 405), ("PUT", "/v1/chat/completions", 405),
         ("TRACE", "/livez", 405), ("DELETE", "/v1/models", 405),
     ],
 )  # fmt: skip
