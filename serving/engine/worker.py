@@ -28,7 +28,7 @@ ENGINE_VERSION = 1
 
 _SAMPLING_METHOD = "splitmix64-inverse-cdf"
 _DEFAULT_KV_FRACTION = 0.25
-_MAX_DEFAULT_KV_BYTES = 16 << 30
+_MAX_DEFAULT_KV_BYTES = 2 << 30
 
 PhaseCallback = Callable[[str, float], None]
 
@@ -119,7 +119,7 @@ class Worker:
         return asked
 
     def _num_blocks(self, dtype: torch.dtype) -> int:
-        """Blocks that fit into kv_cache_bytes; by default what all rows could use, within a quarter of free memory."""
+        """Blocks that fit into kv_cache_bytes; by default what all rows could use, in bounds."""
         settings = self.settings
         block_bytes = bytes_per_block(self.config, dtype, settings.block_size)
         blocks_per_row = -(-self.max_model_len // settings.block_size)
