@@ -12,6 +12,7 @@ import importlib
 import math
 import types
 
+import numpy as np
 import torch
 
 from models.batch import Batch
