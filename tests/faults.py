@@ -1,8 +1,6 @@
 """A replica without an engine: the real protocol over a real socket, scripted tokens, faults on demand.
 
-Tokens are a pure function of (prompt, seed, choice, everything sampled before), so a gateway that
-resumes from a wrong journal is found out by the very next token; `undisturbed` says what a choice must
-become. Benchmarks run it as a process of its own: `python -m tests.faults unix:/path --step-ms 50`.
+Benchmarks run it as a process of its own: `python -m tests.faults unix:/path --step-ms 50`.
 """
 
 from __future__ import annotations
@@ -10,10 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import hashlib
 import os
-import struct
 import time
 from array import array
 from collections.abc import Callable
@@ -22,95 +18,12 @@ from typing import cast
 
 from serving import wire
 from serving.gateway.connection import parse_endpoint
-from serving.types import NO_LOGPROBS, FinishReason, ModelCard, RankState, SamplingParams
+from serving.types import NO_LOGPROBS, ModelCard, RankState
+from tests.scripted import Row, Script, make_card
+
+__all__ = ["SECRET", "FakeReplica", "make_card"]
 
 SECRET = "5ec2e7"
-EOS = 7
-MASK = (1 << 64) - 1
-
-
-def make_card(
-    fingerprint: str = "f1",
-    model: str = "tiny",
-    assets: dict[str, bytes] | None = None,
-    *,
-    tokenizer_size: int = 300,
-    max_model_len: int = 4096,
-) -> ModelCard:
-    """A small vocabulary, so that end-of-sequence comes up by itself now and then."""
-    return ModelCard(
-        fingerprint=fingerprint,
-        model=model,
-        max_model_len=max_model_len,
-        max_num_seqs=32,
-        logits_size=tokenizer_size + 20,
-        tokenizer_size=tokenizer_size,
-        eos_ids=(EOS,),
-        bos_id=None,
-        block_size=16,
-        determinism="exact",
-        assets={name: hashlib.sha256(data).hexdigest() for name, data in (assets or {}).items()},
-    )
-
-
-class Script:
-    """What the model would say after a prompt."""
-
-    def __init__(self, prompt_ids: bytes, sampling: SamplingParams, vocabulary: int) -> None:
-        key = struct.pack("<QI", sampling.seed, sampling.choice)
-        self._state = int.from_bytes(hashlib.blake2b(prompt_ids, key=key, digest_size=8).digest(), "little")
-        self._vocabulary = vocabulary
-        self._num_alternatives = sampling.logprobs
-
-    def peek(self) -> int:
-        return (self._state >> 33) % self._vocabulary
-
-    def accept(self, token: int) -> None:
-        """`token` was the one sampled: everything after depends on it."""
-        self._state = (self._state * 6364136223846793005 + token + 1442695040888963407) & MASK
-
-    def logprobs(self) -> bytes:
-        """Of the token that `peek` shows, packed as in `wire.Step`."""
-        fraction = (self._state & 0xFFFF) / 0x10000
-        entries = [(self.peek() + k, -fraction - k) for k in range(self._num_alternatives)]
-        return struct.pack("<f", -fraction) + b"".join(struct.pack("<If", *entry) for entry in entries)
-
-
-@dataclasses.dataclass
-class Row:
-    handle: int
-    submit: wire.Submit
-    script: Script
-    num_tokens: int
-    was_admitted: bool = False
-
-    def finish(self, token: int, card: ModelCard) -> tuple[int, int, int] | None:
-        sampling = self.submit.sampling
-        if token in sampling.stop_token_ids or (token in card.eos_ids and not sampling.ignore_eos):
-            return self.handle, FinishReason.STOP, token
-        if self.num_tokens >= sampling.max_tokens:
-            return self.handle, FinishReason.LENGTH, -1
-        return None
-
-
-def undisturbed(
-    prompt_ids: bytes, sampling: SamplingParams, card: ModelCard
-) -> tuple[list[int], list[bytes], FinishReason, int]:
-    """(output ids, logprobs, finish reason, stop token id) of a choice that met no fault."""
-    script = Script(prompt_ids, sampling, card.tokenizer_size)
-    row = Row(0, wire.Submit(0, "", prompt_ids, b"", sampling), script, 0)
-    ids: list[int] = []
-    logprobs: list[bytes] = []
-    while True:
-        token = script.peek()
-        if sampling.logprobs != NO_LOGPROBS:
-            logprobs.append(script.logprobs())
-        script.accept(token)
-        ids.append(token)
-        row.num_tokens += 1
-        end = row.finish(token, card)
-        if end is not None:
-            return ids, logprobs, FinishReason(end[1]), end[2]
 
 
 class FakeReplica:
@@ -163,7 +76,7 @@ class FakeReplica:
         self.peers: list[Peer] = []
         self._server: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._wake = asyncio.Event()
+        self.wake = asyncio.Event()
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -241,10 +154,6 @@ class FakeReplica:
         self.is_silent = self.is_stuck = True
         self._stuck_since = time.monotonic()
 
-    def send_raw(self, data: bytes) -> None:
-        for peer in self.peers:
-            peer.transport.write(data)
-
     # --- engine -----------------------------------------------------------------------------------
 
     @property
@@ -254,16 +163,13 @@ class FakeReplica:
     def _is_halted(self) -> bool:
         return self.is_frozen or self.is_stuck
 
-    def wake(self) -> None:
-        self._wake.set()
-
     async def _run(self) -> None:
         due = time.monotonic()
         while True:
             if not self.num_rows or self._is_halted():
-                self._wake.clear()
+                self.wake.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), 0.02)
+                    await asyncio.wait_for(self.wake.wait(), 0.02)
                 due = time.monotonic()
                 continue
             due = max(due + self.step_s, time.monotonic() - self.step_s)
@@ -379,9 +285,7 @@ class Peer(asyncio.Protocol):
         if isinstance(message, wire.Hello):
             self._hello = message
             mac = wire.prove(replica.secret, "replica", message.nonce, self._nonce)
-            self.send(
-                wire.HelloReply(replica.version, replica.card, replica.epoch, replica.name, self._nonce, mac),
-            )
+            self.send(wire.HelloReply(replica.version, replica.card, replica.epoch, replica.name, self._nonce, mac))
         elif isinstance(message, wire.Prove):
             assert self._hello is not None
             if not wire.is_proof(replica.secret, "gateway", self._hello.nonce, self._nonce, message.mac):
@@ -422,7 +326,7 @@ class Peer(asyncio.Protocol):
                 replica.violations.append(f"resume_ids of {submit.request_id} hold {token}: never said")
             script.accept(token)
         self.rows[submit.handle] = Row(submit.handle, submit, script, len(resumed))
-        replica.wake()
+        replica.wake.set()
 
     def grant(self) -> int:
         """Cumulative permits: what was sent, plus what is still free."""

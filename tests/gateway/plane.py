@@ -16,7 +16,8 @@ from serving.gateway.dispatch import Dispatch
 from serving.gateway.streams import Choice, Request
 from serving.types import NO_LOGPROBS, ModelCard, SamplingParams
 from serving.wire import pack_ids
-from tests.faults import SECRET, FakeReplica, make_card, undisturbed
+from tests.faults import SECRET, FakeReplica
+from tests.scripted import make_card, undisturbed
 
 CARD = make_card()
 _numbers = itertools.count()

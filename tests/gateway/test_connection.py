@@ -14,9 +14,10 @@ from serving.errors import SettingsError
 from serving.gateway.connection import Connection, dial, parse_endpoint
 from serving.gateway.link import Link
 from serving.types import ModelCard
-from tests.faults import SECRET, FakeReplica, make_card
+from tests.faults import SECRET, FakeReplica
 from tests.gateway.plane import run, socket_paths, until
 from tests.gateway.test_link import Owner
+from tests.scripted import make_card
 
 
 async def connect(endpoint: str, *, secret: str = SECRET, timeout_s: float = 1.0) -> tuple[Connection, Link]:

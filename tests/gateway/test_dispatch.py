@@ -19,8 +19,9 @@ from serving.gateway.dispatch import Dispatch
 from serving.gateway.fleet import Fleet
 from serving.gateway.membership import Entry, Listing, Membership
 from serving.gateway.streams import Dispatcher
-from tests.faults import SECRET, FakeReplica, make_card
+from tests.faults import SECRET, FakeReplica
 from tests.gateway.plane import Client, all_ready, assert_undisturbed, mixed_clients, plane, run, socket_paths, until
+from tests.scripted import make_card
 
 
 def test_it_is_what_the_api_layer_asks_for() -> None:
