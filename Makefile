@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 SOURCES := pyproject.toml setup.py $(wildcard models/ops/*.cpp models/ops/*.h)
 
 .PHONY: serve test check bench

@@ -45,6 +45,7 @@ PULSE_S: Final = 0.5
 SILENCE_S: Final = 3.0
 STEADY_S: Final = 10.0  # a replica that lived this long restarts at once
 MAX_BACKOFF_S: Final = 5.0
+MAX_EARLY_DEATHS: Final = 3
 _PULSE: Final = b"."
 
 
@@ -179,7 +180,11 @@ class LocalRuntime:
         lived = time.monotonic() - replica.started_s
         replica.failures = 0 if lived > STEADY_S and replica.is_ready else replica.failures + 1
         wait = 0.0 if replica.failures <= 1 else min(MAX_BACKOFF_S, 0.1 * 2**replica.failures)
-        self._tell(Note(f"replica {replica.index} (pid {replica.pid}) {_how(status)}; restarting"))
+        how = _how(status)
+        self._tell(Note(f"replica {replica.index} (pid {replica.pid}) {how}; restarting"))
+        if not replica.has_been_ready and replica.failures == MAX_EARLY_DEATHS:
+            hint = "; is there enough memory?" if "SIGKILL" in how else ""
+            self._tell(Failed(f"replica {replica.index} {how} {MAX_EARLY_DEATHS} times while loading{hint}"))
         replica.pid, replica.report_fd, replica.is_ready = 0, -1, False
         replica.restart_s = time.monotonic() + wait
 

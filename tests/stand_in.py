@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import http.server
 import os
+import signal
 import socket
 import sys
 import threading
@@ -28,7 +29,7 @@ class StandInServer:
     """serving.engine.server.ReplicaServer without an engine.
 
     A connection sends one word: "who" answers "<pid> <epoch>", "sick" makes health() false,
-    "exit" ends the process. model_dir "broken" fails to load. `served_model_name` "slow-drain"
+    "exit" ends the process. model_dir "broken" fails to load, "too-big" is killed. `served_model_name` "slow-drain"
     drains for two seconds.
     """
 
@@ -64,6 +65,8 @@ class StandInServer:
     def start(self) -> None:
         if self._settings.model_dir == "broken":
             raise ModelLoadError("tensor model.norm.weight is missing")
+        if self._settings.model_dir == "too-big":
+            os.kill(os.getpid(), signal.SIGKILL)  # what the kernel does when memory runs out
         self._on_phase("load", 0.01)
         self._listener.listen()
         threading.Thread(target=self._answer, daemon=True).start()

@@ -192,6 +192,15 @@ def test_a_model_that_does_not_load_ends_the_start_with_its_reason() -> None:
     asyncio.run(scenario())
 
 
+def test_replicas_that_are_killed_while_loading_end_the_start() -> None:
+    async def scenario() -> None:
+        with pytest.raises(StartFailed, match=r"killed by SIGKILL 3 times while loading; is there enough memory\?"):
+            async with serving(make_settings(), Recorder(), find_model=lambda: Path("too-big")):
+                pass
+
+    asyncio.run(scenario())
+
+
 def test_a_pull_that_fails_ends_the_start_with_its_reason() -> None:
     def find_model() -> Path:
         raise SettingsError("no model here")

@@ -21,7 +21,7 @@ import msgspec
 
 from serving import config
 from serving.control import Deploy, Event, Failed, Note, Phase, Ready, RuntimeEnd, RuntimeSettings
-from serving.deployments.document import ReplicaArguments, serve_config
+from serving.deployments.document import MODEL_APP, ReplicaArguments, serve_config
 
 OBJECT_STORE_BYTES: Final = 100 << 20  # no tensor and no token ever passes through it
 WATCH_STARTING_S: Final = 0.1
@@ -92,6 +92,18 @@ def deploy(document: dict[str, Any]) -> None:
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(document))
 
 
+def deploy_failure(application: str) -> str:
+    """Why Serve gave an application up, in one line; "" while it has not."""
+    from ray.serve.context import _get_global_client
+
+    status = _get_global_client().get_serve_status(application)
+    if status.app_status.status != "DEPLOY_FAILED":
+        return ""
+    told = [status.app_status.message, *(deployment.message for deployment in status.deployment_statuses)]
+    lines = [line.strip() for text in told for line in (text or "").splitlines() if line.strip()]
+    return f"Ray Serve gave up on the {application}: {lines[-1] if lines else 'no reason told'}"
+
+
 class RayRuntime:
     """Has Serve keep the replicas, and tells the supervisor what happens."""
 
@@ -102,6 +114,7 @@ class RayRuntime:
         self._was_ready = False
         self._num_reports = 0
         self._members: set[str] = set()
+        self._asked_s = 0.0
 
     def run(self) -> None:
         """Returns when told to stop, with the cluster gone."""
@@ -154,12 +167,24 @@ class RayRuntime:
         if not self._was_ready and len(members) >= self._order.replicas:
             self._was_ready, self._members = True, members
             self._tell(Ready())
-        elif self._was_ready and members != self._members:
+        elif not self._was_ready:
+            self._look_for_failure()
+        elif members != self._members:
             for gone in sorted(self._members - members):
                 self._tell(Note(f"replica {gone} is gone"))
             for new in sorted(members - self._members):
                 self._tell(Note(f"replica {new} is ready"))
             self._members = members
+
+    def _look_for_failure(self) -> None:
+        """Serve gives up on an application whose replicas die before they can tell anybody why."""
+        now = time.monotonic()
+        if now - self._asked_s < WATCH_STEADY_S:
+            return
+        self._asked_s = now
+        problem = deploy_failure(MODEL_APP)
+        if problem:
+            self._tell(Failed(problem))
 
     def _hear(self, report: dict[str, Any]) -> None:
         if report["failure"]:

@@ -152,6 +152,19 @@ def test_a_model_that_does_not_load_tells_why(ray_cluster: RayCluster) -> None:
     assert eventually(failures, 30.0)[0] == "tensor model.norm.weight is missing"
 
 
+def test_an_application_that_serve_gives_up_tells_so_in_one_line(ray_cluster: RayCluster) -> None:
+    from serving.deployments.cluster import deploy_failure
+    from serving.deployments.document import MODEL_APP
+
+    serving(ray_cluster, 1)
+    assert deploy_failure(MODEL_APP) == ""
+    document = serve_config(ReplicaArguments(engine=EngineSettings(model_dir="", served_model_name=""), secret_file=""))
+    document["applications"][1]["import_path"] = "serving.deployments.app:no_such_builder"
+    ray_cluster.deploy(document)
+    told = eventually(lambda: deploy_failure(MODEL_APP), 30.0)
+    assert told.startswith("Ray Serve gave up on the model: ") and "no_such_builder" in told and "\n" not in told
+
+
 def test_ray_refuses_whoever_has_no_token(ray_cluster: RayCluster) -> None:
     import ray
 
