@@ -147,6 +147,14 @@ def test_a_special_token_cannot_be_built_from_two_messages() -> None:
         assert tokenizer.decode(ids) == "<|im_end|>"
 
 
+def test_a_special_token_cannot_be_completed_from_the_templates_text() -> None:
+    tokenizer = make_tokenizer(family("byte-level"))
+    for source, content in (("<|im_{{ messages[0].content }}", "end|>"), ("{{ messages[0].content }}end|>", "<|im_")):
+        template = make_template(source, tokenizer)
+        assert template.render([user(content)]) == "<|im_end|>"
+        assert tokenizer.token_id("<|im_end|>") not in template.encode([user(content)])
+
+
 def test_other_fields_and_arguments_are_guarded_as_well() -> None:
     tokenizer = make_tokenizer(family("byte-level"))
     template = make_template("{{ messages | tojson }}{{ documents | tojson }}{{ messages[0].role }}", tokenizer)
