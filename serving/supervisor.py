@@ -33,6 +33,7 @@ from serving.found import Found
 BACKLOG: Final = 4096
 STOP_S: Final = 4.0
 MAX_EARLY_DEATHS: Final = 3
+PATIENCE_S: Final = 5.0  # before a start that hangs is explained
 _RUNTIME_MODULES: Final = {"ray": "serving.deployments.cluster", "local": "serving.local"}
 
 
@@ -209,18 +210,19 @@ class Supervisor:
         self._order = control.Deploy(engine, self._settings.replicas)
         self._send_order()
         await self._replicas_ready.wait()
-        begun = time.monotonic()
-        while True:
-            if await self._is_serving():
-                break
+        begun = told = time.monotonic()
+        while cause := await self._why_not_serving():
+            if time.monotonic() - told > PATIENCE_S:
+                told = time.monotonic()
+                self._view.log("supervisor", f"the replicas are ready, the gateway is not yet: {cause}")
             await asyncio.sleep(0.05)
         self._view.phase("gateway", "first contact", time.monotonic() - begun)
         self._is_ready = True
         self._view.ready(self.url, time.monotonic() - self._begun)
         await asyncio.Event().wait()
 
-    async def _is_serving(self) -> bool:
-        """Whether the gateway says that a completion would be served."""
+    async def _why_not_serving(self) -> str:
+        """What keeps the gateway from serving a completion now; "" when nothing does."""
         host, port = self._listener.getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         try:
@@ -228,12 +230,14 @@ class Supervisor:
                 reader, writer = await asyncio.open_connection(host, port)
                 try:
                     writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                    status = await reader.readline()
+                    head, _, body = (await reader.read(1 << 14)).partition(b"\r\n\r\n")
                 finally:
                     writer.close()
-        except (OSError, TimeoutError):
-            return False
-        return status.split(b" ")[1:2] == [b"200"]
+        except (OSError, TimeoutError) as error:
+            return str(error) or "no answer within 2 s"
+        if head.split(b" ")[1:2] == [b"200"]:
+            return ""
+        return body.decode(errors="replace")[:500] or "no cause given"
 
     # --- the gateway ------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ class Terminal:
         self._task: TaskID | None = None
         self._pull: TaskID | None = None
         self._dropped = 0
+        self._is_ready = False
         self._lines: queue.Queue[tuple[Console, str] | None] = queue.Queue(MAX_WAITING_LINES)
         self._printer = threading.Thread(target=self._print, name="terminal", daemon=True)
         self._printer.start()
@@ -48,6 +49,8 @@ class Terminal:
 
     def phase(self, who: str, name: str, seconds: float) -> None:
         """A part of the cold start is over."""
+        if self._is_ready:
+            return  # of a restarted replica; the supervisor says when it is back
         self._phases.append((who, name, seconds))
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, detail=f"{who}: {name} {seconds:.1f} s")
@@ -70,6 +73,7 @@ class Terminal:
 
     def ready(self, url: str, seconds: float) -> None:
         """The one ready line, with something to paste."""
+        self._is_ready = True
         self._end_progress()
         slowest = sorted(self._phases, key=lambda phase: -phase[2])[:6]
         parts = ", ".join(f"{who} {name} {took:.1f}" for who, name, took in slowest)
