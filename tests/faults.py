@@ -266,7 +266,7 @@ class Peer(asyncio.Protocol):
         new = [row for row in self.running if not row.was_admitted]
         for row in new:
             row.was_admitted = True
-        return [(row.handle, len(row.submit.prompt_ids) // 4 // 16 * 16) for row in new]
+        return [(row.handle, row.num_prompt_tokens // 16 * 16) for row in new]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)

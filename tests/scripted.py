@@ -72,6 +72,10 @@ class Row:
     num_tokens: int
     was_admitted: bool = False
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.submit.prompt_ids) // 4
+
     def finish(self, token: int, card: ModelCard) -> tuple[int, int, int] | None:
         sampling = self.submit.sampling
         if token in sampling.stop_token_ids or (token in card.eos_ids and not sampling.ignore_eos):

@@ -313,11 +313,10 @@ class Placement:
         self._queue(ticket.job.request.card.fingerprint).push(ticket, now)
 
     def _convict(self, job: Job) -> None:
-        logger.error("request %s brought down %d engine steps", job.request.id, job.num_deaths)
+        logger.error("request %s brought down %d engine steps", job.request.id, job.num_short_lives)
         for ticket in job.tickets:
             if not ticket.is_over:
-                error = EngineError(f"The engine failed {job.num_deaths} times on this request.")
-                self._fail(ticket, error)
+                self._fail(ticket, EngineError("The engine failed on this request, each time that it was tried."))
 
     def _forget(self, ticket: Ticket) -> None:
         """Takes the ticket out of wherever it is; nothing more is reported of it."""

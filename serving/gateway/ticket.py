@@ -9,7 +9,10 @@ from serving.gateway.streams import Choice, Request
 from serving.types import FinishReason, ModelCard
 
 MAX_DEATHS = 3
-MAX_DEATHS_TOTAL = 32
+"""Replicas that may die in a row under a request that does not progress at all (D7)."""
+MAX_SHORT_LIVES = 32
+SHORT_LIFE_TOKENS = 16
+"""… and under one that progresses by less than this many tokens each time."""
 
 
 class Carrier(Protocol):
@@ -24,8 +27,8 @@ class Job:
 
     request: Request
     tickets: list[Ticket] = dataclasses.field(default_factory=list)
-    num_deaths: int = 0  # replicas that died under it without a token of progress in between (D7)
-    num_deaths_total: int = 0
+    num_deaths: int = 0  # replicas that died under it without a token of progress in between
+    num_short_lives: int = 0
     num_tokens_at_death: int = -1
 
     @property
@@ -39,7 +42,7 @@ class Job:
 
     @property
     def is_convicted(self) -> bool:
-        return self.num_deaths >= MAX_DEATHS or self.num_deaths_total >= MAX_DEATHS_TOTAL
+        return self.num_deaths >= MAX_DEATHS or self.num_short_lives >= MAX_SHORT_LIVES
 
     def record_death(self) -> None:
         """A running step that held some of its rows never came back.
@@ -48,11 +51,14 @@ class Job:
         the same step again, while an innocent one may meet any number of unlucky replicas in its life.
         """
         num_tokens = self.num_tokens
-        if num_tokens > self.num_tokens_at_death:
+        progress = num_tokens - max(self.num_tokens_at_death, 0)
+        if progress > 0:
             self.num_deaths = 0
+        if progress >= SHORT_LIFE_TOKENS:
+            self.num_short_lives = 0
         self.num_tokens_at_death = num_tokens
         self.num_deaths += 1
-        self.num_deaths_total += 1
+        self.num_short_lives += 1
 
 
 @dataclasses.dataclass(slots=True, eq=False)
