@@ -20,7 +20,7 @@ OTHER = "other"
 
 
 class Envelope:
-    """Pure ASGI. Tokens pass beside it: `scope["argosy.send"]` is the server's own send."""
+    """Pure ASGI: it touches the first message of a response and hands the others on."""
 
     def __init__(
         self, app: ASGIApp, metrics: Metrics, draw_id: Callable[[], str], monotonic: Callable[[], float]
@@ -36,7 +36,6 @@ class Envelope:
             return
         arrived = self._monotonic()
         request_id = _given_id(scope) or self._draw_id().encode()
-        scope["argosy.send"] = send
 
         is_started = False
 

@@ -13,6 +13,7 @@ import contextlib
 import socket
 import struct
 from collections import deque
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import httptools
@@ -67,6 +68,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_refused = False
         self._deadline: asyncio.TimerHandle | None = None
         self._cycles: deque[RequestResponseCycle] = deque()
+        self.on_writable: Callable[[], None] = lambda: None
 
     # --- connection -------------------------------------------------------------------------------
 
@@ -91,6 +93,20 @@ class BoundedProtocol(HttpToolsProtocol):
                 cycle.message_event.set()
         super().connection_lost(exc)
 
+    @property
+    def is_write_paused(self) -> bool:
+        """Whether more than UNSENT_BYTES wait for the client."""
+        return self.flow.write_paused
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.on_writable()
+
+    def write_piece(self, data: bytes) -> None:
+        """One chunk of the response under way, past ASGI: for replies that send thousands."""
+        if not self.transport.is_closing():
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
     def abort(self) -> None:
         """Close now; what is unsent is lost, in the kernel's buffer as well."""
         sock: socket.socket | None = self.transport.get_extra_info("socket")
@@ -100,6 +116,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def break_off(self) -> None:
         """Send what is unsent, then close without the end of the body."""
+        for cycle in self._cycles:
+            cycle.disconnected = True  # its handler has said all that it had to say
+            cycle.message_event.set()
         if not self.transport.is_closing():
             self._abort_later(FLUSH_S)
             self.transport.close()

@@ -22,7 +22,19 @@ CLIENT = logging.getLogger("argosy.client")
 
 
 class ClientConnection(Protocol):
-    """The connection under a reply, where the server offers it (http.py)."""
+    """The connection under a reply, as http.py offers it."""
+
+    on_writable: Callable[[], None]
+    """Called when writing may go on after `is_write_paused`."""
+
+    @property
+    def is_write_paused(self) -> bool:
+        """Whether enough is unsent."""
+        ...
+
+    def write_piece(self, data: bytes) -> None:
+        """One piece of the body of the response under way. Never waits."""
+        ...
 
     def abort(self) -> None:
         """Drop what is unsent and close."""
@@ -63,7 +75,6 @@ class Reply(Response):
         self.body = b""
         self.exchange = exchange
         self._replies = replies
-        self.connection: ClientConnection | None = None
         self.init_headers(headers)
 
     def init_headers(self, headers: dict[str, str] | None = None) -> None:  # type: ignore[override]
@@ -77,7 +88,6 @@ class Reply(Response):
         """Called once per period. now: the loop's time."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.connection = scope.get("extensions", {}).get("argosy.connection")
         self._replies.add(self)
         watch = asyncio.create_task(self._watch(receive))
         is_disconnect = True
@@ -109,16 +119,27 @@ class WholeReply(Reply):
     ) -> None:
         super().__init__(exchange, replies, headers)
         self._document = document
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.exchange.listen(self._read)
+        await self._ended
+        if self.exchange.has_left:
+            return
+        reply = Response(self._document(), headers=dict(self.headers), media_type="application/json")
+        await reply(scope, receive, send)
+
+    def _read(self) -> None:
+        """Read the journals as they grow: stop strings end a choice early."""
         exchange = self.exchange
-        while True:
-            exchange.render()  # reads the journals as they grow: stop strings end a choice early
-            if exchange.is_over:
-                break
-            await exchange.wait()
-            if exchange.has_left:
-                return
-        await Response(self._document(), headers=dict(self.headers), media_type="application/json")(
-            scope, receive, send
-        )
+        if self._ended.done():
+            return
+        try:
+            exchange.render()
+        except Exception as error:
+            self._ended.set_exception(error)
+            return
+        if exchange.is_over or exchange.has_left:
+            self._ended.set_result(None)
+        elif exchange.has_more:
+            exchange.wake()
