@@ -2,12 +2,14 @@
 // Wrappers in cpu.py own every check; here an address is taken as true.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <sys/mman.h>
 
 #include <new>
 #include <stdexcept>
 #include <string>
 
 #include "cpu_attention.h"
+#include "cpu_rope.h"
 
 #ifndef ARGOSY_MODULE
 #error "setup.py names the module: one per instruction set"
@@ -110,6 +112,19 @@ PyObject* py_isa_level(PyObject*, PyObject* const*, Py_ssize_t) {
   }
 #endif
   return PyLong_FromLong(level);
+}
+
+// Asks for huge pages under memory that is about to be filled: 4 KiB pages cost a TLB miss per block of keys.
+PyObject* py_advise_huge(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments args(values, count);
+  uintptr_t start = uintptr_t(args.integer()), end = start + uintptr_t(args.integer());
+  if (!args.is_done()) return nullptr;
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20, kPage = 4096;
+  start = (start + kPage - 1) / kPage * kPage, end = end / kPage * kPage;
+  if (end >= start + kHuge) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#endif
+  Py_RETURN_NONE;
 }
 
 PyObject* py_pack(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -225,6 +240,7 @@ PyMethodDef methods[] = {
     METHOD(set_num_threads), METHOD(num_threads), METHOD(pack),        METHOD(linear),
     METHOD(rms_norm),        METHOD(silu_mul),    METHOD(gather_rows), METHOD(argmax_rows),
     METHOD(logsumexp_rows),  METHOD(rope_store),  METHOD(attention),   METHOD(isa_level),
+    METHOD(advise_huge),
     {nullptr, nullptr, 0, nullptr},
 };
 

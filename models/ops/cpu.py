@@ -90,12 +90,18 @@ class CpuKernels:
         """Threads of every kernel of this extension in this process (1 until set)."""
         self.extension.set_num_threads(num_threads)
 
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised memory that lives long, on huge pages where the system grants them."""
+        data = torch.empty(shape, dtype=dtype)
+        self.extension.advise_huge(data.data_ptr(), data.nbytes)
+        return data
+
     def pack(self, weight: torch.Tensor) -> PackedLinear:
         """Any float weight; bf16 stays bf16, everything else is stored as fp32 (fp16 widens exactly)."""
         out_features, in_features = weight.shape
         source = (weight if weight.dtype is torch.bfloat16 else weight.float()).contiguous()
         panels = -(-out_features // PANEL)
-        data = torch.empty(panels, in_features, PANEL, dtype=source.dtype)
+        data = self._empty((panels, in_features, PANEL), source.dtype)
         self.extension.pack(source.data_ptr(), data.data_ptr(), _FORMATS[source.dtype], out_features, in_features)
         return PackedLinear(data, out_features, in_features, weight.dtype)
 

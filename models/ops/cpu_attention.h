@@ -14,13 +14,11 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu_rows.h"
+#include "cpu_product.h"
 
 namespace argosy {
 
-constexpr int kTile = 64, kSplit = 256, kChunk = 16, kMaxHead = 256, kItemRows = 48;
-// Register tile of both products: kAcross vectors wide, kDown rows high.
-constexpr int kAcross = kRegisters == 32 ? 4 : 2, kDown = 6;
+constexpr int kSplit = 256, kItemRows = 48;
 
 struct Attention {
   const float* q;  // [T, heads, D]
@@ -34,48 +32,6 @@ struct Attention {
   int64_t window;
   float *out, *lse;
 };
-
-// out[r][n] (+)= sum over k, in order, of a[r][k] * b[k][n], for R rows and `columns` (a multiple of VL) columns.
-template <int R, int C>
-INLINE void product_strip(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k_size, float* out,
-                          int64_t ldo, bool adds) {
-  vf sum[R][C];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) sum[r][c] = adds ? load<vf>(out + r * ldo + c * VL) : vf{};
-  for (int64_t k = 0; k < k_size; k++) {
-    vf across[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) across[c] = load<vf>(b + k * ldb + c * VL);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++) {
-      vf s = splat(a[r * lda + k]);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; c++) sum[r][c] = fma(s, across[c], sum[r][c]);
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) store(out + r * ldo + c * VL, sum[r][c]);
-}
-
-template <int R>
-void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k_size, float* out, int64_t ldo,
-             int64_t columns, bool adds) {
-  int64_t n = 0;
-  for (; n + kAcross * VL <= columns; n += kAcross * VL)
-    product_strip<R, kAcross>(a, lda, b + n, ldb, k_size, out + n, ldo, adds);
-  if constexpr (kAcross > 2)
-    for (; n + 2 * VL <= columns; n += 2 * VL)
-      product_strip<R, 2>(a, lda, b + n, ldb, k_size, out + n, ldo, adds);
-  for (; n < columns; n += VL) product_strip<R, 1>(a, lda, b + n, ldb, k_size, out + n, ldo, adds);
-}
-
-template <int R = kDown, class... Args>
-INLINE void product_rows(int rows, Args... args) {
-  if constexpr (R >= 1) {
-    if (rows == R) return product<R>(args...);
-    return product_rows<R - 1>(rows, args...);
-  }
-}
 
 // Running softmax of `rows` query rows: sums of exp in VL lanes, maximum, weighted values.
 struct Running {
@@ -92,7 +48,7 @@ struct Running {
     for (int64_t r = 0; r < rows; r++) {
       const float best = next.max[r] > max[r] || next.max[r] != next.max[r] ? next.max[r] : max[r];
       const float base = best == -INFINITY ? 0.0f : best;
-      const vf old = splat(exp_one(max[r] - base)), fresh = splat(exp_one(next.max[r] - base));
+      const vf old = vexp(splat(max[r] - base)), fresh = vexp(splat(next.max[r] - base));
       max[r] = best;
       for (int64_t i = 0; i < width; i += VL) {
         float* at = out + r * width + i;
@@ -109,47 +65,47 @@ struct Item {
   int head;
   int64_t first_split, end_split;
   int64_t partial;  // offset of its splits' partial results in the shared scratch, or -1
+  int64_t end() const { return position + count; }
 };
 
+INLINE int64_t padded(int64_t size) { return (size + kChunk - 1) / kChunk * kChunk; }
+
+template <class Cell>
 class Walk {
  public:
   Walk(const Attention& a, const Item& item, float* memory)
-      : a_(a),
-        item_(item),
-        group_(a.heads / a.kv_heads),
-        rows_(item.count * group_),
-        width_((a.size + kChunk - 1) / kChunk * kChunk) {
+      : a_(a), item_(item), group_(a.heads / a.kv_heads), rows_(item.count * group_), width_(padded(a.size)) {
     q_ = memory;
     keys_ = q_ + rows_ * a.size;
-    values_ = keys_ + kMaxHead * kTile;
-    scores_ = values_ + kTile * kMaxHead;
+    values_ = keys_ + kTile * width_;
+    scores_ = values_ + kTile * width_;
     state_ = scores_ + rows_ * kTile;
-    const vf scale = splat(a.scale);
-    for (int64_t r = 0; r < rows_; r++) {
-      const float* from = a.q + ((item.first + r / group_) * a.heads + item.head * group_ + r % group_) * a.size;
-      for_vectors(a.size, [&](int64_t i, int64_t n) { store_n(q_ + r * a.size + i, load_n(from + i, n) * scale, n); });
-    }
   }
 
   static int64_t scratch_floats(const Attention& a, int64_t rows) {
-    return rows * (a.size + kTile) + 2 * kMaxHead * kTile + 2 * Running::floats(rows, kMaxHead);
+    const int64_t width = padded(a.size);
+    return rows * (a.size + kTile) + 2 * kTile * width + 2 * Running::floats(rows, width);
   }
-  int64_t rows() const { return rows_; }
-  int64_t width() const { return width_; }
-  float* state() { return state_; }
 
-  // Softmax over one split, from scratch.
-  void split(int64_t index, Running& run) {
-    run.clear(rows_);
-    const int64_t end = std::min((index + 1) * kSplit, item_.position + item_.count);
-    const int64_t visible = a_.window ? std::max<int64_t>(0, item_.position - a_.window + 1) : 0;
-    for (int64_t t = std::max(index * kSplit, visible / kTile * kTile); t < end; t += kTile)
-      tile(t, std::min<int64_t>(kTile, end - t), std::max<int64_t>(0, visible - t), run);
+  void all_splits() {
+    Running all(state_, rows_, width_), one(state_ + Running::floats(rows_, width_), rows_, width_);
+    scale_queries();
+    split(item_.first_split, all);
+    for (int64_t s = item_.first_split + 1; s < item_.end_split; s++) {
+      split(s, one);
+      all.fold(one, rows_);
+    }
+    finish(all);
+  }
+
+  void one_split(int64_t index, Running run) {
+    scale_queries();
+    split(index, run);
   }
 
   void finish(const Running& run) {
     for (int64_t r = 0; r < rows_; r++) {
-      const int64_t at = (item_.first + r / group_) * a_.heads + item_.head * group_ + r % group_;
+      const int64_t at = output_row(r);
       const float total = sum_of(load<vf>(run.sum + r * VL));
       const vf inverse = splat(1.0f / total);
       for_vectors(a_.size, [&](int64_t i, int64_t n) {
@@ -160,32 +116,109 @@ class Walk {
   }
 
  private:
-  int64_t block_base(int64_t position) const {
-    const int64_t id = a_.table[item_.row * a_.table_width + position / a_.block];
-    return (id * a_.kv_heads + item_.head) * a_.block * a_.size;
+  int64_t output_row(int64_t r) const {
+    return (item_.first + r / group_) * a_.heads + item_.head * group_ + r % group_;
   }
 
-  // Widens keys [start, start + count) into keys_ [D][kTile]; whole chunks, what is too much gets masked.
-  void load_keys(int64_t start, int64_t count) {
-    for (int64_t c = 0; c < count; c += kChunk) {
-      const int64_t from = block_base(start + c) + (start + c) % a_.block;
-      for (int64_t d = 0; d < a_.size; d++)
-        for (int i = 0; i < kChunk; i += VL)
-          store(keys_ + d * kTile + c + i, load_as_float(a_.key, a_.format, from + d * a_.block + i, VL));
+  void scale_queries() {
+    const vf scale = splat(a_.scale);
+    for (int64_t r = 0; r < rows_; r++) {
+      const float* from = a_.q + output_row(r) * a_.size;
+      for_vectors(a_.size, [&](int64_t i, int64_t n) { store_n(q_ + r * a_.size + i, load_n(from + i, n) * scale, n); });
     }
   }
 
-  // Widens values into values_ [kTile][width], zero outside [low, count): no stale bits meet a probability of 0.
-  void load_values(int64_t start, int64_t count, int64_t low) {
+  // Softmax over one split, from nothing.
+  void split(int64_t index, Running& run) {
+    run.clear(rows_);
+    const int64_t end = std::min((index + 1) * kSplit, item_.end());
+    const int64_t visible = a_.window ? std::max<int64_t>(0, item_.position - a_.window + 1) : 0;
+    int64_t start = std::max(index * kSplit, visible / kTile * kTile);
+    Pages<Cell> here = pages(start);
+    fetch(here);
+    for (; start < end; start += kTile) {
+      const Pages<Cell> next = start + kTile < end ? pages(start + kTile) : here;
+      tile(start, std::min<int64_t>(kTile, end - start), std::max<int64_t>(0, visible - start), here, next, run);
+      here = next;
+    }
+  }
+
+  // Chunks behind the context repeat the last one: they are read and masked.
+  Pages<Cell> pages(int64_t start) const {
+    Pages<Cell> found;
+    const int64_t last = (item_.end() - 1) / kChunk * kChunk;
+    for (int c = 0; c < kChunks; c++) {
+      const int64_t at = std::min(start + c * kChunk, last), offset = at % a_.block;
+      const int64_t id = a_.table[item_.row * a_.table_width + at / a_.block];
+      const int64_t base = (id * a_.kv_heads + item_.head) * a_.block * a_.size;
+      found.keys[c] = reinterpret_cast<const Cell*>(a_.key) + base + offset;
+      found.values[c] = reinterpret_cast<const Cell*>(a_.value) + base + offset * a_.size;
+    }
+    return found;
+  }
+
+  // A split's first tile has nobody to fetch it ahead: ask for all of it at once.
+  void fetch(const Pages<Cell>& tile) const {
+    constexpr int64_t kLine = 64 / sizeof(Cell);
+    for (int c = 0; c < kChunks; c++)
+      for (int64_t i = 0; i < kChunk * a_.size; i += kLine) {
+        if (a_.block == kChunk) __builtin_prefetch(tile.keys[c] + i, 0, 3);
+        __builtin_prefetch(tile.values[c] + i, 0, 3);
+      }
+  }
+
+  void tile(int64_t start, int64_t count, int64_t low, const Pages<Cell>& here, const Pages<Cell>& next,
+            Running& run) {
+    const bool is_direct = rows_ <= kDown && a_.size % VL == 0;
+    if (!is_direct) widen_tile(count, low, here, next);
+    for (int64_t r = 0; r < rows_; r += kDown) {
+      const int rows = int(std::min<int64_t>(kDown, rows_ - r));
+      const int64_t last = item_.position + (r + rows - 1) / group_;
+      const int64_t high = std::min(count, last + 1 - start);
+      if (high <= 0) continue;
+      const float* q = q_ + r * a_.size;
+      float *scores = scores_ + r * kTile, *out = run.out + r * width_;
+      with_rows(rows, [&]<int R>() {
+        if (is_direct)
+          score_pages<R>(q, a_.size, here, next, a_.block, scores);
+        else
+          product<R>(q, a_.size, keys_, kTile, a_.size, scores, kTile, kTile, false);
+        for (int i = 0; i < R; i++) {
+          const int64_t position = item_.position + (r + i) / group_;
+          const int64_t from = a_.window ? std::max<int64_t>(0, position - a_.window + 1 - start) : 0;
+          softmax(scores + i * kTile, from, std::min<int64_t>(kTile, position + 1 - start), run, r + i);
+        }
+        if (is_direct)
+          mix_pages<R>(scores, a_.size, here, next, low, high, out, width_);
+        else
+          product<R>(scores, kTile, values_, width_, high, out, width_, width_, true);
+      });
+    }
+  }
+
+  // Keys into keys_ [D][kTile]; values into values_ [kTile][width], zero outside [low, count), so that nothing stale
+  // meets a probability of 0 (0 * inf is not 0).
+  void widen_tile(int64_t count, int64_t low, const Pages<Cell>& here, const Pages<Cell>& next) {
+    for (int64_t d = 0; d < a_.size; d++)
+      for (int c = 0; c < kChunks; c++) {
+        for (int i = 0; i < kChunk; i += VL)
+          store(keys_ + d * kTile + c * kChunk + i, widen_at(here.keys[c] + d * a_.block + i));
+        __builtin_prefetch(next.keys[c] + d * a_.block, 0, 3);
+      }
     for (int64_t k = 0; k < count; k++) {
       float* to = values_ + k * width_;
-      const int64_t from = block_base(start + k) + (start + k) % a_.block * a_.size;
       if (k < low) {
         std::fill(to, to + width_, 0.0f);
         continue;
       }
-      for_vectors(a_.size, [&](int64_t i, int64_t n) { store(to + i, load_as_float(a_.value, a_.format, from + i, n)); });
-      for (int64_t i = (a_.size + VL - 1) / VL * VL; i < width_; i += VL) store(to + i, vf{});
+      const Cell* from = here.values[k / kChunk] + k % kChunk * a_.size;
+      const Cell* ahead = next.values[k / kChunk] + k % kChunk * a_.size;
+      int64_t i = 0;
+      for (; i + VL <= a_.size; i += VL) {
+        store(to + i, widen_at(from + i));
+        __builtin_prefetch(ahead + i, 0, 3);
+      }
+      for (; i < width_; i++) to[i] = i < a_.size ? widen(from[i]) : 0.0f;
     }
   }
 
@@ -226,39 +259,20 @@ class Walk {
     run.max[r] = now;
   }
 
-  void tile(int64_t start, int64_t count, int64_t low, Running& run) {
-    load_keys(start, count);
-    load_values(start, count, low);
-    for (int64_t r = 0; r < rows_; r += kDown) {
-      const int rows = int(std::min<int64_t>(kDown, rows_ - r));
-      const int64_t last = item_.position + (r + rows - 1) / group_;
-      const int64_t high = std::min(count, last + 1 - start);
-      if (high <= 0) continue;
-      float* scores = scores_ + r * kTile;
-      product_rows(rows, q_ + r * a_.size, int64_t(a_.size), keys_, int64_t(kTile), int64_t(a_.size), scores,
-                   int64_t(kTile), int64_t(kTile), false);
-      for (int64_t i = 0; i < rows; i++) {
-        const int64_t position = item_.position + (r + i) / group_;
-        const int64_t from = a_.window ? std::max<int64_t>(0, position - a_.window + 1 - start) : 0;
-        softmax(scores + i * kTile, from, std::min<int64_t>(kTile, position + 1 - start), run, r + i);
-      }
-      product_rows(rows, scores, int64_t(kTile), values_, width_, high, run.out + r * width_, width_, width_, true);
-    }
-  }
-
   const Attention& a_;
   const Item& item_;
   const int64_t group_, rows_, width_;
   float *q_, *keys_, *values_, *scores_, *state_;
 };
 
+// Refuses a plan that points outside the cache, before anything is written.
 inline void check(const Attention& a) {
   int64_t end = 0;
   for (int64_t row = 0; row < a.rows; row++) {
     const int64_t start = a.starts[row], queries = a.starts[row + 1] - start, length = a.lengths[row];
     if (start != end || queries < 0 || start + queries > a.tokens)
-      throw std::out_of_range("query_start_loc must rise from 0 to at most " + std::to_string(a.tokens) +
-                              "; row " + std::to_string(row) + " spans " + std::to_string(start) + ".." +
+      throw std::out_of_range("query_start_loc must rise from 0 to at most " + std::to_string(a.tokens) + "; row " +
+                              std::to_string(row) + " spans " + std::to_string(start) + ".." +
                               std::to_string(start + queries));
     end = start + queries;
     if (queries == 0) continue;
@@ -273,10 +287,10 @@ inline void check(const Attention& a) {
   std::fill(a.lse + end * a.heads, a.lse + a.tokens * a.heads, -INFINITY);
 }
 
-inline void attention(const Attention& a) {
-  check(a);
+template <class Cell>
+void attend(const Attention& a) {
   Pool& threads = pool();
-  const int64_t group = a.heads / a.kv_heads, width = (a.size + kChunk - 1) / kChunk * kChunk;
+  const int64_t group = a.heads / a.kv_heads, width = padded(a.size);
   const int64_t height = std::max<int64_t>(1, kItemRows / group);
   std::vector<Item> items;
   int64_t total = 0;
@@ -285,33 +299,33 @@ inline void attention(const Attention& a) {
       const int64_t count = std::min<int64_t>(height, a.starts[row + 1] - first);
       const int64_t position = a.lengths[row] - (a.starts[row + 1] - first);
       const int64_t visible = a.window ? std::max<int64_t>(0, position - a.window + 1) : 0;
-      for (int head = 0; head < a.kv_heads; head++) {
-        items.push_back({row, first, count, position, head, visible / kSplit, (position + count - 1) / kSplit + 1, -1});
-        total += items.back().end_split - items.back().first_split;
-      }
+      const int64_t first_split = visible / kSplit, end_split = (position + count - 1) / kSplit + 1;
+      for (int head = 0; head < a.kv_heads; head++)
+        items.push_back({row, first, count, position, head, first_split, end_split, -1});
+      total += (end_split - first_split) * a.kv_heads;
     }
   // An item that is a large part of the whole gives each split a task; the others are walked by one thread.
   struct Job {
     int32_t item;
-    int32_t split;  // or -1: all of them
+    int64_t split;  // or -1: all of them
   };
   std::vector<Job> jobs;
   std::vector<int32_t> joined;
   int64_t partials = 0;
-  for (size_t i = 0; i < items.size(); i++) {
+  for (int32_t i = 0; i < int32_t(items.size()); i++) {
     Item& item = items[i];
     const int64_t splits = item.end_split - item.first_split;
     if (threads.num_threads() == 1 || splits == 1 || splits * 8 * threads.num_threads() <= total) {
-      jobs.push_back({int32_t(i), -1});
+      jobs.push_back({i, -1});
       continue;
     }
     item.partial = partials;
     partials += splits * Running::floats(item.count * group, width);
-    joined.push_back(int32_t(i));
-    for (int64_t s = item.first_split; s < item.end_split; s++) jobs.push_back({int32_t(i), int32_t(s)});
+    joined.push_back(i);
+    for (int64_t s = item.first_split; s < item.end_split; s++) jobs.push_back({i, s});
   }
   float* shared = partials ? threads.shared().floats(size_t(partials)) : nullptr;
-  const size_t floats = size_t(Walk::scratch_floats(a, height * group));
+  const size_t floats = size_t(Walk<Cell>::scratch_floats(a, height * group));
   auto partial = [&](const Item& item, int64_t split) {
     const int64_t rows = item.count * group;
     return Running(shared + item.partial + (split - item.first_split) * Running::floats(rows, width), rows, width);
@@ -319,84 +333,27 @@ inline void attention(const Attention& a) {
   threads.run(int64_t(jobs.size()), [&](int64_t task, int slot) {
     const Job& job = jobs[size_t(task)];
     const Item& item = items[size_t(job.item)];
-    Walk walk(a, item, threads.scratch(slot).floats(floats));
-    if (job.split >= 0) {
-      Running run = partial(item, job.split);
-      return walk.split(job.split, run);
-    }
-    Running all(walk.state(), walk.rows(), width);
-    Running one(walk.state() + Running::floats(walk.rows(), width), walk.rows(), width);
-    walk.split(item.first_split, all);
-    for (int64_t s = item.first_split + 1; s < item.end_split; s++) {
-      walk.split(s, one);
-      all.fold(one, walk.rows());
-    }
-    walk.finish(all);
+    Walk<Cell> walk(a, item, threads.scratch(slot).floats(floats));
+    if (job.split < 0)
+      walk.all_splits();
+    else
+      walk.one_split(job.split, partial(item, job.split));
   });
   threads.run(int64_t(joined.size()), [&](int64_t task, int slot) {
     const Item& item = items[size_t(joined[size_t(task)])];
-    Walk walk(a, item, threads.scratch(slot).floats(floats));
+    Walk<Cell> walk(a, item, threads.scratch(slot).floats(floats));
     Running all = partial(item, item.first_split);
-    for (int64_t s = item.first_split + 1; s < item.end_split; s++) all.fold(partial(item, s), walk.rows());
+    for (int64_t s = item.first_split + 1; s < item.end_split; s++) all.fold(partial(item, s), item.count * group);
     walk.finish(all);
   });
 }
 
-struct RopeStore {
-  const float* qkv;
-  const int32_t *positions, *slots;
-  const float* cos_sin;  // [.., 2 * half] or null
-  int64_t half, max_positions;
-  char *key, *value;
-  int format;
-  int64_t block, num_blocks, tokens;
-  int heads, kv_heads, size;
-  float* q;
-};
-
-INLINE void rotate(const float* from, float* to, const float* cosines, int64_t half, int64_t size) {
-  if (!cosines) {
-    std::copy(from, from + size, to);
-    return;
-  }
-  for_vectors(half, [&](int64_t i, int64_t n) {
-    const vf c = load_n(cosines + i, n), s = load_n(cosines + half + i, n);
-    const vf x = load_n(from + i, n), y = load_n(from + half + i, n);
-    store_n(to + i, fma(-y, s, x * c), n);
-    store_n(to + half + i, fma(x, s, y * c), n);
-  });
-  std::copy(from + 2 * half, from + size, to + 2 * half);
-}
-
-inline void rope_store(const RopeStore& a) {
-  const int64_t all = a.heads + 2 * a.kv_heads;
-  check_range("slot", a.slots, a.tokens, a.num_blocks * a.block);
-  if (a.cos_sin) check_range("position", a.positions, a.tokens, a.max_positions);
-  for_rows(a.tokens, all * a.size * 2, [&](int64_t t) {
-    const float* from = a.qkv + t * all * a.size;
-    const float* cosines = a.cos_sin ? a.cos_sin + a.positions[t] * 2 * a.half : nullptr;
-    for (int h = 0; h < a.heads; h++)
-      rotate(from + h * a.size, a.q + (t * a.heads + h) * a.size, cosines, a.half, a.size);
-    const int64_t block = a.slots[t] / a.block, offset = a.slots[t] % a.block;
-    for (int h = 0; h < a.kv_heads; h++) {
-      const int64_t base = (block * a.kv_heads + h) * a.block * a.size;
-      const float* v = from + (a.heads + a.kv_heads + h) * a.size;
-      float k[kMaxHead];
-      rotate(from + (a.heads + h) * a.size, k, cosines, a.half, a.size);
-      if (a.format == kBfloat16) {
-        uint16_t* key = reinterpret_cast<uint16_t*>(a.key) + base + offset;
-        uint16_t* value = reinterpret_cast<uint16_t*>(a.value) + base + offset * a.size;
-        for (int64_t d = 0; d < a.size; d++) key[d * a.block] = narrow(k[d]);
-        int64_t d = 0;
-        for (; d + VL <= a.size; d += VL) store(value + d, narrow(load<vf>(v + d)));
-        for (; d < a.size; d++) value[d] = narrow(v[d]);
-      } else {
-        float* key = reinterpret_cast<float*>(a.key) + base + offset;
-        for (int64_t d = 0; d < a.size; d++) key[d * a.block] = k[d];
-        std::copy(v, v + a.size, reinterpret_cast<float*>(a.value) + base + offset * a.size);
-      }
-    }
-  });
+inline void attention(const Attention& a) {
+  check(a);
+  if (a.format == kBfloat16)
+    attend<uint16_t>(a);
+  else
+    attend<float>(a);
 }
 
 }  // namespace argosy

@@ -36,6 +36,7 @@ typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef uint16_t vh __attribute__((vector_size(VL * 2)));
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 template <class V>
 INLINE V load(const void* p) {
@@ -78,24 +79,57 @@ INLINE vf fma(vf a, vf b, vf c) {
 }
 
 INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
-// The second operand wins when either is NaN, so a NaN in `b` is kept.
-INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 
-INLINE float max_of(vf v) {
-  float lanes[VL], best;
-  store(lanes, v);
-  best = lanes[0];
-  for (int i = 1; i < VL; i++) best = best > lanes[i] ? best : lanes[i];
-  return best;
+// The greater or smaller of each lane; the second operand where either is NaN.
+INLINE vf vmax(vf a, vf b) {
+#if ARGOSY_VL == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif ARGOSY_VL == 8
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return select(a > b, a, b);
+#endif
 }
 
-// Sum of the lanes, always pairing lane i with lane i + half.
+INLINE vf vmin(vf a, vf b) {
+#if ARGOSY_VL == 16
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif ARGOSY_VL == 8
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vf)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return select(a < b, a, b);
+#endif
+}
+
+// Lanes i and i + VL / 2 meet, then i and i + VL / 4, down to one.
+template <class Op>
+INLINE float reduce(vf v, Op&& op) {
+#if ARGOSY_VL == 16
+  v = op(v, (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4e));
+  v = op(v, (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xb1));
+  v = op(v, (vf)_mm512_permute_ps((__m512)v, 0x4e));
+  v = op(v, (vf)_mm512_permute_ps((__m512)v, 0xb1));
+#elif ARGOSY_VL == 8
+  v = op(v, (vf)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1));
+  v = op(v, (vf)_mm256_permute_ps((__m256)v, 0x4e));
+  v = op(v, (vf)_mm256_permute_ps((__m256)v, 0xb1));
+#else
+  v = op(v, vf{v[2], v[3], v[0], v[1]});
+  v = op(v, vf{v[1], v[0], v[3], v[2]});
+#endif
+  return v[0];
+}
+
+INLINE float max_of(vf v) {
+  return reduce(v, [](vf a, vf b) INLINE_LAMBDA { return vmax(a, b); });
+}
+
 INLINE float sum_of(vf v) {
-  float lanes[VL];
-  store(lanes, v);
-  for (int half = VL / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return reduce(v, [](vf a, vf b) INLINE_LAMBDA { return a + b; });
 }
 
 INLINE vi lane_index() {
@@ -117,8 +151,17 @@ INLINE void store_part(float* p, vf v, int64_t n) {
 }
 
 // bf16 is the upper half of fp32: widening is exact.
-INLINE vf widen(vh h) { return bits<vf>(__builtin_convertvector(h, vu) << 16); }
+INLINE vf widen(vh h) {
+#if ARGOSY_VL == 16
+  return bits<vf>((vu)_mm512_cvtepu16_epi32((__m256i)h) << 16);
+#elif ARGOSY_VL == 8
+  return bits<vf>((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16);
+#else
+  return bits<vf>(__builtin_convertvector(h, vu) << 16);
+#endif
+}
 INLINE float widen(uint16_t h) { return bits<float>(uint32_t(h) << 16); }
+INLINE float widen(float f) { return f; }
 
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN.
 INLINE uint16_t narrow(float f) {
@@ -135,15 +178,15 @@ INLINE vh narrow(vf f) {
   return __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), vh);
 }
 
-// e^x within 2 ulp where the result is normal; 0 below, inf above, NaN for NaN; exp(0) is exactly 1.
-// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a polynomial of degree 7 in r (Taylor: the remainder
-// r^8 / 8! is under a tenth of an ulp); n enters the exponent in two halves so that 2^128 does not overflow early.
+// e^x within 2 ulp; 0 below -86.6 (2.4e-38), inf above 88.7, NaN for NaN; exp(0) is exactly 1.
+// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a polynomial of degree 7 in r (Taylor: the remainder r^8 / 8! is under a
+// tenth of an ulp); 2^n is applied as 2^(n - 1) * 2, so that n = 128 overflows to inf by itself.
 INLINE vf vexp(vf x) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  vf clamped = select(x > splat(89.0f), splat(89.0f), select(x < splat(-88.0f), splat(-88.0f), x));
-  vf shifted = fma(clamped, splat(1.44269504f), magic);
-  vf n = shifted - magic;
-  vf r = fma(n, splat(-0.693359375f), clamped);  // ln 2 in two parts; the first has 9 bits, so n * it is exact
+  const vf capped = vmin(splat(89.0f), x);
+  const vf shifted = fma(capped, splat(1.44269504f), magic);
+  const vf n = shifted - magic;
+  vf r = fma(n, splat(-0.693359375f), capped);  // ln 2 in two parts; the first has 9 bits, so n * it is exact
   r = fma(n, splat(2.12194440e-4f), r);
   vf p = splat(1.0f / 5040.0f);
   p = fma(p, r, splat(1.0f / 720.0f));
@@ -152,17 +195,8 @@ INLINE vf vexp(vf x) {
   p = fma(p, r, splat(1.0f / 6.0f));
   p = fma(p, r, splat(0.5f));
   p = fma(p * r, r, r) + splat(1.0f);
-  vi e = bits<vi>(shifted) - bits<vi>(magic);
-  vi low = e >> 1;
-  vf scaled = p * bits<vf>((low + 127) << 23) * bits<vf>((e - low + 127) << 23);
-  scaled = select(x < splat(-87.3f), splat(0.0f), scaled);
-  return select(x == x, scaled, x);
-}
-
-INLINE float exp_one(float x) {
-  float lanes[VL];
-  store(lanes, vexp(splat(x)));
-  return lanes[0];
+  const vu exponent = (bits<vu>(shifted) - bits<vu>(magic) + 126) << 23;
+  return select(x < splat(-86.6f), splat(0.0f), p * bits<vf>(exponent) * splat(2.0f));
 }
 
 }  // namespace argosy
