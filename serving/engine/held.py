@@ -10,6 +10,7 @@ import math
 from array import array
 from collections import OrderedDict
 
+from serving.engine.output import StepOutput
 from serving.wire import Submit
 
 HOLD_S = 60.0
@@ -43,29 +44,31 @@ class HeldRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self._rows
-
     def hold(self, row: HeldRow) -> None:
         self._rows[row.key] = row
 
-    def append(self, key: Key, token: int, logprobs: bytes | None) -> None:
-        """An output; of a row that is not keyed it is its reader's alone."""
-        row = self._rows.get(key)
-        if row is None:
+    def keep(self, output: StepOutput, until_s: float) -> None:
+        """Note the outputs of keyed rows, read or not; a row that is over is held `until_s`."""
+        if not self._rows:
             return
+        keys = zip(output.connections.tolist(), output.handles.tolist(), strict=True)
+        for at, key in enumerate(keys):
+            row = self._rows.get(key)
+            if row is not None:
+                self._append(row, int(output.tokens[at]), output.logprobs.get(at))
+        for connection, handle, reason, stop_id in output.finished:
+            row = self._rows.get((connection, handle))
+            if row is not None:
+                row.finished = (int(reason), stop_id)
+                row.until_s = until_s
+
+    def _append(self, row: HeldRow, token: int, logprobs: bytes | None) -> None:
         if logprobs is not None:
             row.logprobs[len(row.tokens)] = logprobs
         row.tokens.append(token)
         size = 4 + len(logprobs or b"")
         row.num_bytes += size
         self._num_bytes += size
-
-    def finish(self, key: Key, reason: int, stop_id: int, until_s: float) -> None:
-        row = self._rows.get(key)
-        if row is not None:
-            row.finished = (reason, stop_id)
-            row.until_s = until_s
 
     def orphan(self, key: Key, until_s: float) -> None:
         """The row's reader has gone."""

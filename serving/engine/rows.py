@@ -66,6 +66,35 @@ class Rows:
         """Outputs of `slot` go to the request's present key."""
         self.connection[slot], self.handle[slot] = request.key
 
+    def request_in(self, slot: int) -> Request:
+        """The row's request; the slot must be taken."""
+        request = self.requests[slot]
+        assert request is not None, f"slot {slot} is empty"
+        return request
+
+    def hand_out(self, slots: Int32Array, ends: Int32Array) -> Int32Array:
+        """A step computes `slots` up to `ends`. Returns how many tokens each of them samples (0 or 1)."""
+        samples = (ends == self.num_tokens[slots]).astype(np.int32)
+        self.num_computed[slots] = ends
+        self.num_tokens[slots] += samples
+        self.num_in_flight[slots] += 1
+        return samples
+
+    def take_table_updates(self, slots: Int32Array) -> tuple[Int32Array, Int32Array]:
+        """Block table entries of `slots` that the ranks do not know yet: they are told now.
+
+        Returns (slot, first index, count) per changed row [n, 3], and the block ids one after the other.
+        """
+        grown = slots[self.num_blocks[slots] > self.num_sent_blocks[slots]]
+        updates, ids = [], []
+        for slot in grown.tolist():
+            known = int(self.num_sent_blocks[slot])
+            fresh = self.request_in(slot).blocks[known:]
+            updates.append((slot, known, len(fresh)))
+            ids += fresh
+        self.num_sent_blocks[grown] = self.num_blocks[grown]
+        return np.array(updates, np.int32).reshape(-1, 3), np.array(ids, np.int32)
+
     def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...]) -> None:
         width = self.stop_ids.shape[1]
         if len(stop_ids) > width:  # rare: most rows have the model's one or two

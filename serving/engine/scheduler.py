@@ -161,11 +161,8 @@ class Scheduler:
             return None
         starts = rows.num_computed[slots]
         ends = starts + counts
-        samples = (ends == rows.num_tokens[slots]).astype(np.int32)
-        rows.num_computed[slots] = ends
-        rows.num_tokens[slots] += samples
-        rows.num_in_flight[slots] += 1
-        updates, block_ids = self._table_updates(slots)
+        samples = rows.hand_out(slots, ends)
+        updates, block_ids = rows.take_table_updates(slots)
         plan = Plan(
             step=self._next_step,
             slots=slots,
@@ -218,21 +215,9 @@ class Scheduler:
             if last < at or self.pool.num_free < missing:
                 counts[at] = 0
                 continue
-            request = self._request_in(slot)
+            request = self.rows.request_in(slot)
             request.blocks += self.pool.allocate(missing)
             rows.num_blocks[slot] += missing
-
-    def _table_updates(self, slots: Int32Array) -> tuple[Int32Array, Int32Array]:
-        rows = self.rows
-        grown = slots[rows.num_blocks[slots] > rows.num_sent_blocks[slots]]
-        updates, ids = [], []
-        for slot in grown.tolist():
-            known = int(rows.num_sent_blocks[slot])
-            fresh = self._request_in(slot).blocks[known:]
-            updates.append((slot, known, len(fresh)))
-            ids += fresh
-        rows.num_sent_blocks[grown] = rows.num_blocks[grown]
-        return np.array(updates, np.int32).reshape(-1, 3), np.array(ids, np.int32)
 
     # --- admission ------------------------------------------------------------------------------
 
@@ -266,7 +251,7 @@ class Scheduler:
         if not len(self._order):
             return False
         last = int(self._order[-1])
-        if self._request_in(last).priority >= request.priority:
+        if self.rows.request_in(last).priority >= request.priority:
             return False
         self._order = self._order[:-1]
         self._preempt(last)
@@ -320,13 +305,13 @@ class Scheduler:
         self._admitted = []
         self._commit(plan.slots)
         for at in np.flatnonzero(is_over).tolist():
-            request = self._request_in(int(slots[at]))
+            request = self.rows.request_in(int(slots[at]))
             reason = FinishReason.STOP if is_stop[at] else FinishReason.LENGTH
             output.finished.append((*request.key, reason, int(ids[at]) if is_stop[at] else -1))
             del self._requests[request.key]
             self._end(request)
         for slot in slots[rows.is_live[slots] & ~is_sound].tolist():
-            request = self._request_in(slot)
+            request = self.rows.request_in(slot)
             output.failed.append(request.key)
             del self._requests[request.key]
             self._end(request)
@@ -341,7 +326,7 @@ class Scheduler:
         num_full = rows.num_done[slots] // self.block_size
         has_filled = num_full > rows.num_committed_blocks[slots]
         for slot, end in zip(slots[has_filled].tolist(), num_full[has_filled].tolist(), strict=True):
-            request = self._request_in(slot)
+            request = self.rows.request_in(slot)
             for index in range(int(rows.num_committed_blocks[slot]), end):
                 if index == len(request.hashes):
                     parent = request.hashes[-1] if request.hashes else request.root
@@ -356,7 +341,7 @@ class Scheduler:
 
     def _preempt(self, slot: int) -> None:
         """Out of memory: the row is computed again later, from the tokens that it has by then."""
-        request = self._request_in(slot)
+        request = self.rows.request_in(slot)
         request.is_preempting = True
         request.num_preemptions += 1
         self._let_go(slot)
@@ -382,7 +367,7 @@ class Scheduler:
                 self._leave(slot)
 
     def _leave(self, slot: int) -> None:
-        request = self._request_in(slot)
+        request = self.rows.request_in(slot)
         rows = self.rows
         self._waiting.release_followers(request)
         self.pool.release(request.blocks)
@@ -398,11 +383,6 @@ class Scheduler:
             request.is_preempting = False
             request.tokens = rows.tokens[slot, : rows.num_tokens[slot]].copy()
             self._push(request)
-
-    def _request_in(self, slot: int) -> Request:
-        request = self.rows.requests[slot]
-        assert request is not None, f"slot {slot} is empty"
-        return request
 
     # --- checks ---------------------------------------------------------------------------------
 

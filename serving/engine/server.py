@@ -8,7 +8,6 @@ runs, hangs or dies.
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import logging
 import math
 import os
@@ -30,7 +29,8 @@ from serving.engine.held import HOLD_S, HeldRow, HeldRows
 from serving.engine.output import StepOutput
 from serving.engine.request import Request
 from serving.engine.scheduler import Scheduler
-from serving.engine.translate import held_step, to_request, to_step
+from serving.engine.translate import asset_pieces, held_step, to_request, to_step
+from serving.engine.watchdog import end_if_stalled
 from serving.engine.worker import Found, Worker
 from serving.errors import ArgosyError, EngineError
 from serving.types import ModelCard, RankState
@@ -38,9 +38,7 @@ from serving.types import ModelCard, RankState
 log = logging.getLogger(__name__)
 
 BEAT_INTERVAL_S = 0.08
-STALLED_AFTER_S = 10.0
 ORPHAN_GRACE_S = 1.0
-ASSET_PIECE_BYTES = 8 << 20
 
 
 class ReplicaServer:
@@ -302,13 +300,10 @@ class ReplicaServer:
         connection.send(held_step(held, find, self.core.num_steps, connection.granted))
 
     def _send_asset(self, connection: Connection, name: str) -> None:
-        sha256 = self.card.assets.get(name)
-        if sha256 is None:
+        if name not in self.card.assets:
             raise wire.WireError("an asset that the card does not name")
-        data = read_asset(self.settings.model_dir, name)
-        for at in range(0, max(len(data), 1), ASSET_PIECE_BYTES):
-            piece = data[at : at + ASSET_PIECE_BYTES]
-            connection.send(wire.Asset(name, sha256, piece, at, len(data)))
+        for piece in asset_pieces(name, self.card.assets[name], read_asset(self.settings.model_dir, name)):
+            connection.send(piece)
 
     # --- outputs --------------------------------------------------------------------------------
 
@@ -322,8 +317,7 @@ class ReplicaServer:
             connection = self._connections.get(number)
             if connection is not None:
                 self._send_step(connection, output)
-        if len(self._held):
-            self._keep(output)
+        self._held.keep(output, time.monotonic() + HOLD_S)
         if output.finished or output.failed:
             for connection in self._connections.values():
                 self._grant(connection)
@@ -338,16 +332,6 @@ class ReplicaServer:
             if owner == connection.number:
                 fault = EngineError("The model computed no usable numbers for this request.", code="engine_fault")
                 self._reject(connection, handle, fault)
-
-    def _keep(self, output: StepOutput) -> None:
-        """Outputs of keyed rows, read or not."""
-        keys = zip(output.connections.tolist(), output.handles.tolist(), strict=True)
-        for at, key in enumerate(keys):
-            if key in self._held:
-                self._held.append(key, int(output.tokens[at]), output.logprobs.get(at))
-        until = time.monotonic() + HOLD_S
-        for owner, handle, reason, stop_id in output.finished:
-            self._held.finish((owner, handle), int(reason), stop_id, until)
 
     # --- permits and beats ----------------------------------------------------------------------
 
@@ -370,7 +354,8 @@ class ReplicaServer:
     def _beat(self) -> None:
         core = self.core
         self._beat_seq += 1
-        self._watch(core)
+        if self._exits_on_failure:
+            end_if_stalled(core.step_age_s)
         for connection in list(self._connections.values()):
             self._send_beat(connection)
         expired = self._held.expire(time.monotonic())
@@ -398,16 +383,6 @@ class ReplicaServer:
         )
 
     # --- failure --------------------------------------------------------------------------------
-
-    def _watch(self, core: EngineCore) -> None:
-        """A stalled step ends the process; so does a beat that cannot run (a kernel holding the GIL)."""
-        if not self._exits_on_failure:
-            return
-        faulthandler.dump_traceback_later(STALLED_AFTER_S + 2.0, exit=True)
-        if core.step_age_s > STALLED_AFTER_S:
-            log.critical("step %d is %.1f s old: ending the process", core.num_steps, core.step_age_s)
-            faulthandler.dump_traceback()
-            os._exit(70)
 
     def _fail(self, failure: BaseException) -> None:
         """In the step loop's thread: it is over. Closed connections tell the gateways at once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from serving import wire
@@ -13,6 +15,7 @@ from serving.errors import InvalidRequest
 from serving.types import ModelCard
 
 _MAX_PRIORITY = 1 << 20
+_PIECE_BYTES = 8 << 20  # below the frame limit
 
 
 def to_request(submit: wire.Submit, connection: int, card: ModelCard) -> Request:
@@ -69,3 +72,9 @@ def held_step(held: HeldRow, find: wire.Find, step: int, granted: int) -> wire.S
         logprobs=[(at - skip, packed) for at, packed in held.logprobs.items() if at >= skip],
         granted=granted,
     )
+
+
+def asset_pieces(name: str, sha256: str, data: bytes) -> Iterator[wire.Asset]:
+    """An asset in frames, in order."""
+    for at in range(0, max(len(data), 1), _PIECE_BYTES):
+        yield wire.Asset(name, sha256, data[at : at + _PIECE_BYTES], at, len(data))
