@@ -300,6 +300,8 @@ class Supervisor:
                 self._view.phase(who, name, seconds)
             case control.Ready():
                 self._replicas_ready.set()
+                if self._is_ready:
+                    self._view.log("supervisor", "every replica is ready again")
             case control.Note(text):
                 self._view.log("supervisor", text)
             case control.Failed(text):
