@@ -74,7 +74,7 @@ class Rows:
 
     def hand_out(self, slots: Int32Array, ends: Int32Array) -> Int32Array:
         """A step computes `slots` up to `ends`. Returns how many tokens each of them samples (0 or 1)."""
-        samples = (ends == self.num_tokens[slots]).astype(np.int32)
+        samples: Int32Array = (ends == self.num_tokens[slots]).astype(np.int32)
         self.num_computed[slots] = ends
         self.num_tokens[slots] += samples
         self.num_in_flight[slots] += 1
