@@ -29,6 +29,7 @@ class Exchange:
         self.request = request
         self.renderings = renderings
         self.meter = meter
+        self.is_over = False  # every choice has been rendered to its end
         self.has_left = False  # the client is gone: nothing more is rendered
         self.failure: ArgosyError | None = None
         self._dispatcher = dispatcher
@@ -40,11 +41,6 @@ class Exchange:
         self._num_open = len(renderings)
         self._of_choice = {rendering.choice: rendering for rendering in renderings}
         request.on_progress = self._on_progress
-
-    @property
-    def is_over(self) -> bool:
-        """Whether every choice has been rendered to its end."""
-        return self._num_open == 0
 
     @property
     def has_more(self) -> bool:
@@ -131,6 +127,7 @@ class Exchange:
 
     def _end(self, rendering: Rendering) -> None:
         self._num_open -= 1
+        self.is_over = self._num_open == 0
         choice = rendering.choice
         if not choice.is_done:
             self._dispatcher.cancel(choice)

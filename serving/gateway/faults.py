@@ -13,6 +13,8 @@ from starlette.responses import Response
 from serving.errors import ArgosyError, InvalidRequest, MethodNotAllowed, NotFound
 from serving.metrics import Metrics
 
+DEFAULT_RETRY_AFTER_S = 1.0
+
 
 def error_json(error: ArgosyError) -> bytes:
     """OpenAI's error object, in ASCII: a message may quote what UTF-8 cannot encode."""
@@ -37,9 +39,12 @@ def as_error(raised: Exception, method: str, path: str) -> ArgosyError:
 def error_headers(error: ArgosyError) -> dict[str, str]:
     """Headers that steer a client's retries."""
     headers = {}
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(math.ceil(error.retry_after_s), 1))
-        headers["retry-after-ms"] = str(max(math.ceil(1000 * error.retry_after_s), 1))
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and error.status in (429, 503):
+        retry_after_s = DEFAULT_RETRY_AFTER_S  # these two never go without (C15)
+    if retry_after_s is not None:
+        headers["retry-after"] = str(max(math.ceil(retry_after_s), 1))
+        headers["retry-after-ms"] = str(max(math.ceil(1000 * retry_after_s), 1))
     if error.should_retry is not None:
         headers["x-should-retry"] = "true" if error.should_retry else "false"
     if error.reason is not None:
