@@ -80,7 +80,7 @@ class BoundedProtocol(HttpToolsProtocol):
         transport.set_write_buffer_limits(high=UNSENT_BYTES, low=UNSENT_BYTES // 4)
         sock: socket.socket | None = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            # The kernel's own buffer counts as unsent too: without this it holds megabytes per slow reader.
+            # What the kernel has not sent counts as unsent too; its own limit may be megabytes.
             sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._expect(self.header_timeout_s, "headers")
 
