@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -15,8 +17,10 @@ class ReferenceKernels:
     name = "reference"
     is_exact: bool = False
 
-    def __init__(self, activation_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, activation_dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
+        """device: where KV blocks are allocated; None = the CPU."""
         self.activation_dtype = activation_dtype
+        self._device = device or torch.device("cpu")
         # Sums run in fp32 at least; a float64 instance is the oracle of the other two.
         self._wide = torch.promote_types(activation_dtype, torch.float32)
 
@@ -47,7 +51,8 @@ class ReferenceKernels:
         self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
     ) -> list[LayerKV]:
         shape = (num_blocks, block_size, num_kv_heads, head_size)
-        return [LayerKV(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(num_layers)]
+        zeros = functools.partial(torch.zeros, shape, dtype=dtype, device=self._device)
+        return [LayerKV(zeros(), zeros()) for _ in range(num_layers)]
 
     def rope_store(
         self,

@@ -27,7 +27,7 @@ def select_kernels(device: torch.device, dtype: torch.dtype, kind: str = "auto")
         return TiledKernels()
     if kind in ("auto", "reference"):
         is_cpu_narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
-        return ReferenceKernels(torch.float32 if is_cpu_narrow else dtype)
+        return ReferenceKernels(torch.float32 if is_cpu_narrow else dtype, device)
     raise ValueError(f"kernels {kind!r} are not available on device {device.type!r}")
 
 

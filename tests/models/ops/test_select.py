@@ -52,6 +52,7 @@ def test_kinds() -> None:
     assert select_kernels(CPU, torch.float64).activation_dtype == torch.float64
     meta = select_kernels(torch.device("meta"), torch.bfloat16)
     assert (meta.name, meta.activation_dtype) == ("reference", torch.bfloat16)
+    assert meta.allocate_kv(1, 2, 16, 1, 8, torch.bfloat16)[0].key.device.type == "meta"
     with pytest.raises(ValueError, match="kernels must be one of auto, cpu, tiled, reference; got 'fast'"):
         select_kernels(CPU, torch.bfloat16, "fast")
     with pytest.raises(ValueError, match="kernels 'cpu' are not available on device 'meta'"):

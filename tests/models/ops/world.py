@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -24,7 +25,11 @@ def compiled() -> list[CpuKernels]:
         return []
     level = importlib.import_module("models.ops._cpu_base").isa_level()
     names = ["_cpu_base", *(f"_cpu_v{n}" for n in (3, 4) if n <= level)]
-    return [CpuKernels(importlib.import_module(f"models.ops.{name}")) for name in names]
+    found = []
+    for name in names:
+        with contextlib.suppress(ImportError):
+            found.append(CpuKernels(importlib.import_module(f"models.ops.{name}")))
+    return found
 
 
 COMPILED = compiled()
