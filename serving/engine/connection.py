@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from typing import Protocol
+from typing import Protocol, cast
 
 from serving import wire
 from serving.types import ModelCard
@@ -55,9 +55,9 @@ class Connection(asyncio.Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=64 << 10)
+        # Not a test of its class: uvloop's transports, which Serve installs, have no common base.
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=64 << 10)
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(HANDSHAKE_TIMEOUT_S, self._refuse, "no handshake in time")
 
