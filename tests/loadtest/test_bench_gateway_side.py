@@ -1,0 +1,47 @@
+"""The benchmarks of the gateway's side measure what they say, on runs of a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.bench import gateway
+from tests.gateway.world import ASSETS
+
+
+def printed_lines(output: str) -> list[dict[str, Any]]:
+    """The JSON lines that a benchmark printed under its table."""
+    return [json.loads(row) for row in output.splitlines() if row.startswith("{")]
+
+
+@pytest.fixture
+def assets(tmp_path: Path) -> Path:
+    for name, data in ASSETS.items():
+        (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+def test_gateway_reports_the_cost_of_tokens_that_arrived(assets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--streams", "8", "24", "--seconds", "0.5", "--settle", "0.1", "--repeat", "1", "--rate", "50"]
+    assert gateway.main([*run, "--replicas", "2", "--assets", str(assets)]) == 0
+    few, many = printed_lines(capsys.readouterr().out)
+    assert (few["bench"], many["bench"]) == ("gateway 8", "gateway 24")
+    for line in few, many:
+        assert line["unit"] == "us/token"
+        assert 1.0 < line["limit"] < line["value"] < 5000  # a bare protocol costs something, the gateway more
+        assert line["fraction"] == pytest.approx(line["limit"] / line["value"], abs=0.01)
+        assert 0.3 < line["delivered"] < 1.5  # the pace of the replicas, as seen by the clients
+        assert 0.0 < line["delay_p50_ms"] <= line["delay_p99_ms"] < 500
+
+
+def test_gateway_says_what_is_wrong_instead_of_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = ASSETS | {"chat_template.jinja": b"{{ raise_exception('no chat') }}"}
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+    assert gateway.main(["--streams", "2", "--repeat", "1", "--assets", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "refused" in captured.err
+    assert not printed_lines(captured.out)
