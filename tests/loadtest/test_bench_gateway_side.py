@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.bench import gateway
+from loadtest.bench import gateway, queue
 from tests.gateway.world import ASSETS
 
 
@@ -45,3 +45,23 @@ def test_gateway_says_what_is_wrong_instead_of_a_figure(tmp_path: Path, capsys: 
     captured = capsys.readouterr()
     assert "refused" in captured.err
     assert not printed_lines(captured.out)
+
+
+def test_queue_reports_every_operation_and_the_step_at_every_depth(capsys: pytest.CaptureFixture[str]) -> None:
+    assert queue.main(["--depths", "70", "2000", "--blocks", "20", "--steps", "30", "--repeat", "2"]) == 0
+    lines = {line["bench"]: line for line in printed_lines(capsys.readouterr().out)}
+    names = ["operation push", "operation pop", "operation discard", "operation expiry", "step median", "step mean"]
+    assert list(lines) == [f"queue {name} at {depth}" for name in names for depth in (70, 2000)]
+    for name in names:
+        shallow, deep = lines[f"queue {name} at 70"], lines[f"queue {name} at 2000"]
+        assert shallow["ratio"] == 1.0
+        assert 0.0 < shallow["value"] < 10_000
+        assert deep["ratio"] == pytest.approx(deep["value"] / shallow["value"], abs=0.01)
+    # 256 tokens, eight ends and ten arrivals cannot cost less than one push
+    assert lines["queue step median at 70"]["value"] > lines["queue operation push at 70"]["value"]
+
+
+def test_queue_refuses_a_depth_below_its_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        queue.main(["--depths", "10"])
+    assert "--depths 10" in capsys.readouterr().err
