@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
-from loadtest.bench import gateway, queue
+from loadtest.bench import coldstart, gateway, queue
 from tests.gateway.world import ASSETS
+from tests.tiny import tiny_model_folder
 
 
 def printed_lines(output: str) -> list[dict[str, Any]]:
@@ -65,3 +67,28 @@ def test_queue_refuses_a_depth_below_its_blocks(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         queue.main(["--depths", "10"])
     assert "--depths 10" in capsys.readouterr().err
+
+
+def test_coldstart_reports_phases_in_the_order_of_a_real_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_model_folder(tmp_path / "tiny"))
+    capsys.readouterr()
+    assert coldstart.main(["--runtime", "local", "--model", model, "--repeat", "1", "--cold"]) == 0
+    captured = capsys.readouterr()
+    (line,) = printed_lines(captured.out)
+    assert (line["bench"], line["shape"], line["fmt"]) == ("coldstart local", "tiny", "cold disk cache")
+    phases = list(line["phases"])
+    assert phases.index("local: import") < phases.index("replica 0: weights") < phases.index("gateway: first contact")
+    assert sum(line["phases"].values()) + line["unreported_s"] >= 0.9 * line["value"]
+    assert 0.0 < line["value"] < line["first_token_s"] < 60.0
+    assert line["end_s"] < 10.0
+
+
+def test_a_start_that_fails_is_told_and_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(tiny_model_folder(tmp_path / "tiny"))
+    assert coldstart.main(["--runtime", "local", "--model", model, "--repeat", "1", "--timeout", "0.2"]) == 1
+    assert "not ready in time" in capsys.readouterr().err
+    assert not psutil.Process().children(recursive=True)
+    assert coldstart.main(["--runtime", "local", "--model", str(tmp_path / "none"), "--repeat", "1"]) == 1
+    assert "none" in capsys.readouterr().err
