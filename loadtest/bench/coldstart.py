@@ -73,7 +73,8 @@ def main(argv: list[str]) -> int:
     except (StartFailed, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    rows, lines = [], []
+    rows: list[list[str]] = []
+    lines = []
     for runtime, runs in starts.items():
         phases = median_phases(runs)
         silence_s = add_phase_rows(rows, runtime, phases)
