@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from serving.errors import ArgosyError
 from serving.gateway.rendering import Rendering
 from serving.gateway.streams import Choice, Dispatcher, Request
+from serving.gateway.wakes import Wakes
 from serving.metrics import RequestMeter
 
 DRAIN_BYTES = 16 << 10
@@ -23,7 +24,12 @@ class Exchange:
     """
 
     def __init__(
-        self, request: Request, renderings: Sequence[Rendering], dispatcher: Dispatcher, meter: RequestMeter
+        self,
+        request: Request,
+        renderings: Sequence[Rendering],
+        dispatcher: Dispatcher,
+        meter: RequestMeter,
+        wakes: Wakes,
     ) -> None:
         self.request = request
         self.renderings = renderings
@@ -32,8 +38,8 @@ class Exchange:
         self.has_left = False  # the client is gone: nothing more is rendered
         self.failure: ArgosyError | None = None
         self._dispatcher = dispatcher
-        self._loop = asyncio.get_running_loop()
-        self._time = self._loop.time
+        self._time = asyncio.get_running_loop().time
+        self._wakes = wakes
         self._dirty: deque[Rendering] = deque()
         self._listener: Callable[[], None] = lambda: None
         self._is_awake = False  # the listener's call is due
@@ -75,7 +81,7 @@ class Exchange:
         self._dirty.append(rendering)
         if not self._is_awake:
             self._is_awake = True
-            self._loop.call_soon(self._call_listener)
+            self._wakes.add(self._call_listener)
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Have `listener` called soon after anything has changed: once, however much has. It renders
@@ -87,7 +93,7 @@ class Exchange:
         """Have the listener called soon."""
         if not self._is_awake:
             self._is_awake = True
-            self._loop.call_soon(self._call_listener)
+            self._wakes.add(self._call_listener)
 
     def _call_listener(self) -> None:
         self._is_awake = False

@@ -16,6 +16,7 @@ from serving.gateway.language import Languages
 from serving.gateway.reply import Pace, Reply
 from serving.gateway.streams import Dispatcher
 from serving.gateway.tenants import Tenants
+from serving.gateway.wakes import Wakes
 from serving.metrics import Metrics
 from serving.types import ModelCard
 
@@ -52,6 +53,7 @@ class Gateway:
     admission: Admission
     pace: Pace
     created: Callable[[], int]
+    wakes: Wakes = dataclasses.field(default_factory=Wakes)
     replies: set[Reply] = dataclasses.field(default_factory=set)  # under way
     is_draining: bool = False
 

@@ -69,6 +69,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._cycles: deque[RequestResponseCycle] = deque()
         self.on_writable: Callable[[], None] = lambda: None
+        self.is_write_paused = False  # whether more than UNSENT_BYTES wait for the client
 
     # --- connection -------------------------------------------------------------------------------
 
@@ -93,13 +94,13 @@ class BoundedProtocol(HttpToolsProtocol):
                 cycle.message_event.set()
         super().connection_lost(exc)
 
-    @property
-    def is_write_paused(self) -> bool:
-        """Whether more than UNSENT_BYTES wait for the client."""
-        return self.flow.write_paused
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.is_write_paused = True
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.is_write_paused = False
         self.on_writable()
 
     def write_piece(self, data: bytes) -> None:

@@ -26,7 +26,7 @@ from serving.wire import Reject, WireError
 
 logger = logging.getLogger("argosy.gateway")
 
-TICK_S = 0.025
+TICK_S = 0.05
 RETRYABLE = frozenset({"draining", "overfull", "no_capacity", "not_granted"})
 """Codes of a Reject that say "not here, not now": the choice goes back to the front of the queue."""
 ENGINE_FAULT = "engine_fault"

@@ -86,7 +86,7 @@ async def generate(gateway: Gateway, http: HttpRequest, form: Format) -> Respons
     )
     renderings = make_renderings(request, generation, form, language)
     meter = RequestMeter(gateway.metrics.model(card.model), arrived)
-    exchange = Exchange(request, renderings, gateway.dispatch, meter)
+    exchange = Exchange(request, renderings, gateway.dispatch, meter, gateway.wakes)
     try:
         exchange.submit()
     except BaseException:
