@@ -55,6 +55,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """One client connection. In every scope, `extensions["argosy.connection"]` is this object."""
 
     max_body_bytes: ClassVar[int] = 2 << 20
+    note_refusal: ClassVar[Callable[[ArgosyError], str] | None] = None
     header_timeout_s: ClassVar[float] = HEADER_TIMEOUT_S
     body_timeout_s: ClassVar[float] = BODY_TIMEOUT_S
 
@@ -68,6 +69,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_refused = False
         self._deadline: asyncio.TimerHandle | None = None
         self._cycles: deque[RequestResponseCycle] = deque()
+        self._framing = b""  # the header that delimits the body of the request under way, if it has one
+        self._is_reframing = False
         self.on_writable: Callable[[], None] = lambda: None
         self.is_write_paused = False  # whether more than UNSENT_BYTES wait for the client
 
@@ -158,8 +161,9 @@ class BoundedProtocol(HttpToolsProtocol):
             try:
                 self._unset_keepalive_if_required()
                 self.parser.feed_data(piece)
-            except httptools.HttpParserUpgrade:
-                pass  # no protocol to upgrade to: the request is answered as HTTP
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = piece[upgrade.args[0] :] + rest
+                self._decline_upgrade()
             except httptools.HttpParserError:
                 self._refuse(self._refusal or MalformedRequest("The request is not valid HTTP/1.1."))
                 return
@@ -172,6 +176,8 @@ class BoundedProtocol(HttpToolsProtocol):
     # --- parser callbacks; what they raise ends in data_received ----------------------------------
 
     def on_message_begin(self) -> None:
+        if self._is_reframing:
+            return
         self._is_in_head = True
         self._header_bytes = 0
         self._body_bytes = 0
@@ -180,11 +186,15 @@ class BoundedProtocol(HttpToolsProtocol):
         cast(dict[str, Any], self.scope)["extensions"] = {"argosy.connection": self}
 
     def on_url(self, url: bytes) -> None:
+        if self._is_reframing:
+            return
         super().on_url(url)
         if len(self.url) > MAX_URL_BYTES:
             self._fail(UrlTooLong(f"The URL exceeds {MAX_URL_BYTES} bytes."))
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_reframing:
+            return
         self._header_bytes += len(name) + len(value) + 4
         if self._header_bytes > MAX_HEADER_BYTES:
             self._fail(HeadersTooLarge(f"The request's headers exceed {MAX_HEADER_BYTES} bytes."))
@@ -193,10 +203,17 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._is_reframing:
+            return
         lengths = [value for name, value in self.headers if name == b"content-length"]
-        is_chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
-        if len(lengths) + is_chunked > 1:
+        encodings = [value for name, value in self.headers if name == b"transfer-encoding"]
+        if len(lengths) + len(encodings) > 1:
             self._fail(MalformedRequest("The request has more than one of Content-Length and Transfer-Encoding."))
+        if encodings and encodings[0].strip().lower() != b"chunked":
+            self._fail(MalformedRequest("The request's Transfer-Encoding must be chunked, and nothing else."))
+        self._framing = b"transfer-encoding: chunked" if encodings else b""
+        if lengths and int(lengths[0]) > 0:
+            self._framing = b"content-length: " + lengths[0]
         if lengths and int(lengths[0]) > self.max_body_bytes:
             given = lengths[0][:20].decode("ascii", "replace")
             message = f"The request body of {given} bytes exceeds the limit of {self.max_body_bytes} bytes."
@@ -218,9 +235,26 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade() and self._framing:
+            return  # to the parser such a request ends with its head
         self._is_in_head = True
         self._unset_deadline()
         super().on_message_complete()
+
+    def _decline_upgrade(self) -> None:
+        """Go on in HTTP/1.1 after a request that offered another protocol (h2c: curl --http2, Java's client).
+
+        The parser takes what follows the head for the new protocol's; a body is read by a second one,
+        which is told of nothing but its length.
+        """
+        if not self._framing:
+            return
+        parser = httptools.HttpRequestParser(self)
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._is_reframing = True
+        parser.feed_data(b"POST / HTTP/1.1\r\n" + self._framing + b"\r\n\r\n")
+        self._is_reframing = False
+        self.parser = parser
 
     # --- refusals ---------------------------------------------------------------------------------
 
@@ -247,8 +281,10 @@ class BoundedProtocol(HttpToolsProtocol):
         reason = {408: b"Request Timeout", 413: b"Content Too Large", 414: b"URI Too Long"}.get(
             error.status, b"Refused"
         )
-        head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        self.transport.write(head % (error.status, reason, len(body)) + body)
+        head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n"
+        if self.note_refusal is not None:
+            head += b"x-request-id: " + self.note_refusal(error).encode() + b"\r\n"
+        self.transport.write(head % (error.status, reason, len(body)) + b"\r\n" + body)
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -277,6 +313,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self._deadline = None
 
 
-def bounded_protocol(max_body_bytes: int) -> type[BoundedProtocol]:
-    """The protocol class with its body limit, as uvicorn's `http` setting takes it."""
-    return type("BoundedProtocol", (BoundedProtocol,), {"max_body_bytes": max_body_bytes})
+def bounded_protocol(
+    max_body_bytes: int, note_refusal: Callable[[ArgosyError], str] | None = None
+) -> type[BoundedProtocol]:
+    """The protocol class with its body limit, as uvicorn's `http` setting takes it.
+
+    note_refusal: hears of every request refused here, which no handler sees; returns its request id.
+    """
+    members = {"max_body_bytes": max_body_bytes}
+    if note_refusal is not None:
+        members["note_refusal"] = staticmethod(note_refusal)
+    return type("BoundedProtocol", (BoundedProtocol,), members)

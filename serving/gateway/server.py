@@ -14,9 +14,10 @@ import uvloop
 from fastapi import FastAPI
 
 from serving.config import GatewaySettings
-from serving.errors import NoCapacity
+from serving.errors import ArgosyError, NoCapacity
 from serving.gateway.app import build_app
 from serving.gateway.dispatch import Dispatch
+from serving.gateway.envelope import OTHER
 from serving.gateway.gateway import Gateway
 from serving.gateway.http import bounded_protocol
 
@@ -55,9 +56,16 @@ class GatewayServer(uvicorn.Server):
 
 def make_server(app: FastAPI, settings: GatewaySettings) -> GatewayServer:
     """A server for the application, not yet running. Its `serve` takes the listening sockets."""
+    gateway: Gateway = app.state.gateway
+
+    def note_refusal(error: ArgosyError) -> str:
+        gateway.metrics.responses[OTHER, str(error.status)] += 1
+        gateway.metrics.errors[error.error_code] += 1
+        return gateway.ids.request("req")
+
     config = uvicorn.Config(
         app,
-        http=bounded_protocol(settings.max_body_bytes),
+        http=bounded_protocol(settings.max_body_bytes, note_refusal),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -67,13 +75,14 @@ def make_server(app: FastAPI, settings: GatewaySettings) -> GatewayServer:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=1,
     )
-    return GatewayServer(config, app.state.gateway)
+    return GatewayServer(config, gateway)
 
 
 def run(settings: GatewaySettings) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    for name in ("uvicorn.error", "httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
     async def serve() -> None:
         server = make_server(build_app(settings, Dispatch(settings)), settings)

@@ -41,6 +41,7 @@ def error(reply: bytes) -> tuple[int, str]:
     found = json.loads(body)["error"]
     assert set(found) == {"message", "type", "param", "code"}
     assert b"connection: close" in head.lower()
+    assert b"\r\nx-request-id: req-" in head
     assert not any(word in found["message"] for word in ("Traceback", "0x", "/serving/", ".py"))
     return int(head.split()[1]), found["code"]
 
@@ -68,6 +69,7 @@ def post(*headers: bytes, body: bytes = b"") -> bytes:
         (post(b"Content-Length: 100001"), 413, "payload_too_large"),
         (post(b"Content-Length: 100001", body=b"x" * 100_001), 413, "payload_too_large"),
         (post(b"Transfer-Encoding: chunked", body=b"186a1\r\n" + b"x" * 100_001), 413, "payload_too_large"),
+        (post(b"Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n"), 400, "malformed_http"),
         (post(b"X: a", b" folded"), 400, "malformed_http"),
         (b"GET / HTTP/1.1\r\nX : 1\r\n\r\n", 400, "malformed_http"),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "malformed_http"),
@@ -112,6 +114,30 @@ def test_one_connection_serves_many_requests(world: World) -> None:
     data = post(b"Content-Length: %d" % len(BODY), body=BODY)
     last = post(b"Connection: close", b"Content-Length: %d" % len(BODY), body=BODY)
     assert exchange(world, data, data, data, last).count(b"HTTP/1.1 200") == 4
+
+
+@pytest.mark.parametrize("size", [1, 40, 1000])
+def test_an_offered_upgrade_is_declined_and_the_request_served(world: World, size: int) -> None:
+    """As curl --http2 and Java's client send every request; the body is still HTTP/1.1's."""
+    offer = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQ")
+    chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+    data = post(*offer, b"Content-Length: %d" % len(BODY), body=BODY)
+    data += post(*offer, b"Transfer-Encoding: chunked", body=chunked)
+    data += b"GET /livez HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    data += post(b"Connection: close", b"Content-Length: %d" % len(BODY), body=BODY)
+    reply = exchange(world, *[data[at : at + size] for at in range(0, len(data), size)])
+    assert reply.count(b"HTTP/1.1 200") == 4 and reply.count(b"hello world") == 3
+    over = exchange(world, post(*offer, b"Transfer-Encoding: chunked", body=b"186a1\r\n" + b"x" * 100_001))
+    assert error(over) == (413, "payload_too_large")
+
+
+def test_refusals_are_counted(world: World) -> None:
+    def count() -> int:
+        return int(world.gateway.metrics.responses["other", "431"])
+
+    before = count()
+    exchange(world, post(*[b"X: 1"] * 10_000))
+    assert count() == before + 1
 
 
 def test_pipelining_is_capped(world: World) -> None:

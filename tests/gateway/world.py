@@ -25,7 +25,7 @@ from serving.errors import ArgosyError
 from serving.gateway.app import build_app
 from serving.gateway.clock import Clock, Ids
 from serving.gateway.gateway import Gateway
-from serving.gateway.http import BoundedProtocol, bounded_protocol
+from serving.gateway.http import BoundedProtocol
 from serving.gateway.language import Language
 from serving.gateway.reply import Pace
 from serving.gateway.server import GatewayServer, make_server
@@ -209,11 +209,14 @@ class ScriptedPlane:
 class World:
     """A gateway that serves, and clients for it."""
 
-    def __init__(self, plane: ScriptedPlane, settings: GatewaySettings, pace: Pace, protocol: type[BoundedProtocol]):
+    def __init__(
+        self, plane: ScriptedPlane, settings: GatewaySettings, pace: Pace, timeouts_s: tuple[float, float]
+    ) -> None:
+        """timeouts_s: for a request's head and body."""
         self.plane = plane
         self._settings = settings
         self._pace = pace
-        self._protocol = protocol
+        self._timeouts_s = timeouts_s
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self.loop: asyncio.AbstractEventLoop
@@ -242,7 +245,8 @@ class World:
             self.gateway.created = lambda: CREATED
             self.gateway.languages.close = lambda: None  # type: ignore[method-assign]
             self.server = make_server(app, self._settings)
-            self.server.config.http = self._protocol
+            bounded: type[BoundedProtocol] = self.server.config.http  # type: ignore[assignment]
+            bounded.header_timeout_s, bounded.body_timeout_s = self._timeouts_s
             self.loop = asyncio.get_running_loop()
             serving = asyncio.create_task(self.server.serve(sockets=[self.listener]))
             while not self.server.started and not serving.done():  # noqa: ASYNC110
@@ -305,10 +309,7 @@ def a_world(
 ) -> Iterator[World]:
     """A running gateway; it ends with the block, and every task with it."""
     asked = GatewaySettings(fd=-1, served_model_name=MODEL, secret="00" * 32, **settings)
-    protocol = bounded_protocol(asked.max_body_bytes)
-    protocol.header_timeout_s = header_timeout_s
-    protocol.body_timeout_s = body_timeout_s
-    world = World(ScriptedPlane(script or Script()), asked, pace or Pace(), protocol)
+    world = World(ScriptedPlane(script or Script()), asked, pace or Pace(), (header_timeout_s, body_timeout_s))
     world.start()
     try:
         yield world
