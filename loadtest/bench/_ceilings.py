@@ -16,7 +16,8 @@ def measure(footprint_bytes: int, *, seconds: float = 1.0) -> Ceilings:
     """Best rates over repeated trials: a ceiling is what was reached, not an average.
 
     read: all threads sum a buffer of `footprint_bytes`, rotating over copies so that no cache holds it.
-    flops: the faster of fp32 and bf16 matmul at 2048³, which is the harder ceiling for either arithmetic.
+    flops: the fastest of fp32 and bf16 matmul at 2048³ through torch. On processors with bf16 dot products that is
+        bf16; whatever arithmetic our kernels use, they are held against it.
     """
     buffers = [torch.ones(footprint_bytes // 4) for _ in range(_COPIES)]
     read = _best(seconds, buffers[0].nbytes, *[lambda b=buffer: b.sum() for buffer in buffers])

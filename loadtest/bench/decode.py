@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prefill", type=int, nargs="+", default=[512], help="prompt lengths")
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args(argv)
-    longest = max(max(options.prefill), PROMPT + options.tokens) + 16
+    longest = max(max(options.prefill), PROMPT + options.tokens + slack(max(options.streams))) + 16
     budget = 256
     worker = load_worker(options, max_num_seqs=max(options.streams), max_model_len=longest, budget=budget)
     shape = shape_of(worker)
@@ -94,7 +94,7 @@ def decode_step_s(worker: Worker, streams: int, tokens: int, budget: int) -> flo
     """Mean seconds of a step in which every row decodes, everything between steps included."""
     bench = Bench(worker, budget)
     for handle in range(streams):
-        bench.add(handle, PROMPT, tokens + streams * PROMPT // budget + 2)
+        bench.add(handle, PROMPT, tokens + slack(streams))
     while any(bench.scheduler.rows.num_done[:streams] < PROMPT) or bench.scheduler.num_waiting:
         bench.core.step()
     started = time.perf_counter()
@@ -103,6 +103,11 @@ def decode_step_s(worker: Worker, streams: int, tokens: int, budget: int) -> flo
     elapsed = time.perf_counter() - started
     assert bench.scheduler.num_running == streams, "a row ended while the clock ran"
     return elapsed / tokens
+
+
+def slack(streams: int) -> int:
+    """Tokens that the first row may decode while the others' prompts are computed, and some."""
+    return 8 + streams * PROMPT // 32
 
 
 def prefill_s(worker: Worker, length: int, budget: int) -> float:
