@@ -29,6 +29,7 @@ from serving.config import GatewaySettings
 from serving.types import ModelCard
 
 TARGET_US = 20.0
+MAX_DRIFT = 0.05
 BACKLOG = 4096
 MODEL = "bench"
 MAX_MODEL_LEN = 1 << 20
@@ -64,8 +65,10 @@ def main(argv: list[str]) -> int:
     except ProcessFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    drift = max(result["ceiling_drift"] for result in lines)
+    stable = "" if drift <= MAX_DRIFT else f"; UNSTABLE: the ceiling moved by {drift:.0%} during the run"
     report(
-        f"gateway on one core, chat streams of {options.rate:g} tok/s, {options.replicas} replica(s)",
+        f"gateway on one core, chat streams of {options.rate:g} tok/s, {options.replicas} replica(s){stable}",
         ["streams", "µs/token", "min–max", "bare uvloop", "fraction", "core", "delay p50", "delay p99"],
         rows,
         lines,
