@@ -296,11 +296,30 @@ def _assemble(values: dict[str, Any], environ: Mapping[str, str]) -> ServeSettin
     model = str(serve.get("model", DEFAULT_MODEL))
     name = serve.get("served_model_name") or derived_name(model)
     serve["served_model_name"] = name
+    engine = part(EngineSettings)
+    _fit_budget(engine)
     return ServeSettings(
         **serve,
-        engine=EngineSettings(model_dir="", served_model_name=name, **part(EngineSettings)),
+        engine=EngineSettings(model_dir="", served_model_name=name, **engine),
         gateway=GatewaySettings(fd=-1, served_model_name=name, **part(GatewaySettings)),
     )
+
+
+def _default(section: type, name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(section) if field.name == name)
+
+
+def _fit_budget(engine: dict[str, Any]) -> None:
+    """Every running row gets a token in every step: the budget holds one for each."""
+    rows = engine.get("max_num_seqs", _default(EngineSettings, "max_num_seqs"))
+    asked = engine.get("max_num_batched_tokens")
+    if asked is not None and asked < rows:
+        raise SettingsError(
+            f"--max-num-batched-tokens: {asked} is less than --max-num-seqs {rows}, and every row gets a token in "
+            "every step; raise the one or lower the other"
+        )
+    if asked is None and rows > _default(EngineSettings, "max_num_batched_tokens"):
+        engine["max_num_batched_tokens"] = rows
 
 
 def derived_name(model: str) -> str:

@@ -181,12 +181,12 @@ class LocalRuntime:
         replica.failures = 0 if lived > STEADY_S and replica.is_ready else replica.failures + 1
         wait = 0.0 if replica.failures <= 1 else min(MAX_BACKOFF_S, 0.1 * 2**replica.failures)
         how = _how(status)
-        self._tell(Note(f"replica {replica.index} (pid {replica.pid}) {how}; restarting"))
+        pid, replica.pid, replica.report_fd, replica.is_ready = replica.pid, 0, -1, False
+        replica.restart_s = time.monotonic() + wait
+        self._tell(Note(f"replica {replica.index} (pid {pid}) {how}; restarting"))
         if not replica.has_been_ready and replica.failures == MAX_EARLY_DEATHS:
             hint = "; is there enough memory?" if "SIGKILL" in how else ""
             self._tell(Failed(f"replica {replica.index} {how} {MAX_EARLY_DEATHS} times while loading{hint}"))
-        replica.pid, replica.report_fd, replica.is_ready = 0, -1, False
-        replica.restart_s = time.monotonic() + wait
 
     def _end(self, replica: _Replica) -> None:
         if replica.pid:
