@@ -106,6 +106,11 @@ class BlockPool:
                 else:
                     self._evictable[block] = None
 
+    def disown(self, blocks: Iterable[int]) -> None:
+        """The content of these owned blocks is not to be trusted: nobody else shall find them."""
+        for block in blocks:
+            self._forget(block)
+
     def _forget(self, block: int) -> None:
         key = self._hash_of[block]
         if key is not None:

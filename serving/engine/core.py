@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from serving.engine.cost import Features
+from serving.engine.cost import Features, features
 from serving.engine.executor import Executor, StepHandle
 from serving.engine.output import StepOutput
 from serving.engine.plan import Plan
@@ -48,6 +48,7 @@ class EngineCore:
         self._clock = clock
         self._in_flight: deque[tuple[Plan, StepHandle, Features, float, float]] = deque()
         self._calls: deque[Callable[[], None]] = deque()
+        self._last_result_s = clock()
         self._wake = threading.Event()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
@@ -76,9 +77,9 @@ class EngineCore:
     def _run(self) -> None:
         try:
             while not self._is_stopping:
+                self.step_started_s = self._clock()
                 self._take_calls()
                 if self.scheduler.has_work or self._in_flight:
-                    self.step_started_s = self._clock()
                     self.step()
                 else:
                     self._rest()
@@ -110,7 +111,7 @@ class EngineCore:
             self._wake.clear()
 
     def _submit(self, plan: Plan) -> None:
-        cost = self.scheduler.cost_features(plan)
+        cost = features(plan.num_tokens, plan.starts + plan.num_tokens)
         announced = self.scheduler.cost_model.predict(cost)
         started = self._clock()
         self.announced_s = announced
@@ -120,7 +121,10 @@ class EngineCore:
         plan, handle, cost, started, announced = self._in_flight.popleft()
         result = handle.result()
         now = self._clock()
+        # With steps in flight, this one began when its predecessor ended.
+        started = max(started, self._last_result_s)
         duration = now - started
+        self._last_result_s = now
         self.num_steps += 1
         self.scheduler.cost_model.observe(cost, duration)
         output = self.scheduler.update(plan, result.ids, result.logprobs)

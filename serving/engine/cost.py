@@ -26,8 +26,8 @@ Features = npt.NDArray[np.float64]
 
 FIRST_PREFILL_TOKENS = 32
 """Tokens of prompts in a step before any such step has been seen: on a slow machine they must be few."""
-LONG_STEP_S = 0.5
-"""No larger prefill is tried on the strength of a step that lasted longer."""
+MAX_ANNOUNCED_S = 0.5
+"""No step is planned to last longer (C13), nor a larger prefill tried on the strength of one that did."""
 
 _FORGETTING = 0.995
 _BELIEF = (1.0 - _FORGETTING) * 1e-3  # weight, per step, of the belief that replaces what is forgotten
@@ -64,7 +64,7 @@ class StepCostModel:
 
     def observe(self, step: Features, duration_s: float) -> None:
         """Learn from one completed step."""
-        if duration_s <= LONG_STEP_S:
+        if duration_s <= MAX_ANNOUNCED_S:
             self._largest_prefill = max(self._largest_prefill, round(float(step[1] / _SCALE[1])))
         if self.is_fitted:
             duration_s = min(duration_s, max(_MAX_SURPRISE * float(step @ self._weights), 1e-3))

@@ -26,6 +26,7 @@ from serving.engine.request import Int32Array
 from serving.types import SamplingParams
 
 _HEADER_WORDS = 7
+_STEP_MASK = 0x7FFFFFFF  # at 1,000 steps a second, int32 lasts 24 days
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(SamplingParams)
 
@@ -64,7 +65,7 @@ class Plan:
             payload.append(row.tokens)
             payload.append(np.frombuffer(sampling + bytes(-len(sampling) % 4), np.int32))
         header = (
-            self.step,
+            self.step & _STEP_MASK,
             len(self.slots),
             len(self.finished),
             len(self.block_updates),
@@ -89,13 +90,16 @@ class Plan:
 
 
 def decode_plan(words: Int32Array) -> Plan:
-    """Inverse of `Plan.encode`; arrays are views. Raises ValueError when the lengths disagree."""
+    """Inverse of `Plan.encode`; arrays are views and `step` is modulo 2**31.
+
+    Raises ValueError when the lengths disagree or the sampling parameters are none.
+    """
     if len(words) < _HEADER_WORDS:
         raise ValueError(f"a plan of {len(words)} words has no header")
     step, num_rows, num_finished, num_updates, num_ids, num_new, num_payload = words[:_HEADER_WORDS].tolist()
     expected = _HEADER_WORDS + 4 * num_rows + num_finished + 3 * num_updates + num_ids + 4 * num_new + num_payload
-    if expected != len(words):
-        raise ValueError(f"a plan of {len(words)} words announces {expected}")
+    if expected != len(words) or words[:_HEADER_WORDS].min() < 0:
+        raise ValueError(f"a plan of {len(words)} words announces {expected}: {words[:_HEADER_WORDS].tolist()}")
     at = _HEADER_WORDS
 
     def take(count: int) -> Int32Array:
@@ -107,9 +111,17 @@ def decode_plan(words: Int32Array) -> Plan:
     finished = take(num_finished)
     updates = take(3 * num_updates).reshape(-1, 3)
     block_ids = take(num_ids)
+    if (updates < 0).any() or int(updates[:, 2].sum()) != num_ids:
+        raise ValueError(f"block updates {updates.tolist()} for {num_ids} block ids")
+    table = take(4 * num_new).reshape(-1, 4).tolist()
+    if min(map(min, table), default=0) < 0 or sum(known + (size + 3) // 4 for *_, known, size in table) != num_payload:
+        raise ValueError(f"new rows {table} for a payload of {num_payload} words")
     new_rows = []
-    for slot, num_prompt, num_known, num_bytes in take(4 * num_new).reshape(-1, 4).tolist():
+    for slot, num_prompt, num_known, num_bytes in table:
         tokens = take(num_known)
-        sampling = _decoder.decode(take((num_bytes + 3) // 4).tobytes()[:num_bytes])
+        try:
+            sampling = _decoder.decode(take((num_bytes + 3) // 4).tobytes()[:num_bytes])
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"sampling parameters of slot {slot}: {error}") from None
         new_rows.append(NewRow(slot, num_prompt, tokens, sampling))
     return Plan(step, slots, num_tokens, starts, num_samples, finished, updates, block_ids, tuple(new_rows))

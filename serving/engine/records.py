@@ -9,7 +9,7 @@ RECORD = np.dtype(
     [
         ("step", np.int64),
         ("started_s", np.float64),  # monotonic clock
-        ("duration_s", np.float32),  # submission to result
+        ("duration_s", np.float32),  # to its result, from its submission or its predecessor's result
         ("announced_s", np.float32),  # predicted before it ran
         ("num_rows", np.int32),
         ("num_prefill_tokens", np.int32),

@@ -116,7 +116,8 @@ class ModelRunner:
         result = self._sample_finite(logits, slots, ends - self._num_prompt[slots])
         # A row may end at the last column; its last token is never an input.
         fits = ends < self._tokens.shape[1]
-        self._tokens[slots[fits], ends[fits]] = result.ids[fits]
+        # A faulty row may have another step in flight: its input must be a token all the same.
+        self._tokens[slots[fits], ends[fits]] = np.maximum(result.ids[fits], 0)
         return result
 
     def _sample_finite(self, logits: torch.Tensor, slots: Int32Array, positions: Int32Array) -> StepResult:

@@ -13,17 +13,15 @@ import numpy as np
 
 from serving.block_hash import block_hash, block_hashes
 from serving.engine.blocks import BlockPool
-from serving.engine.cost import Features, StepCostModel, features
+from serving.engine.budget import share_out, tokens_ahead
+from serving.engine.cost import StepCostModel
 from serving.engine.output import StepOutput, renumber
 from serving.engine.plan import NewRow, Plan
 from serving.engine.request import Int32Array, Phase, Request
-from serving.engine.rows import Rows
+from serving.engine.rows import Rows, rank
 from serving.engine.waiting import WaitingQueue
 from serving.errors import ContextLengthExceeded, InvalidRequest
 from serving.types import FinishReason
-
-MAX_ANNOUNCED_S = 0.5
-"""No step is planned to last longer (C13)."""
 
 
 class Scheduler:
@@ -88,6 +86,9 @@ class Scheduler:
                 "already: none can be generated.",
                 param="prompt",
             )
+        if num_tokens >= request.max_total:
+            text = f"max_tokens is {request.sampling.max_tokens}; {num_tokens - request.num_prompt} are there already."
+            raise InvalidRequest(text, param="max_tokens")
         capacity = (self.pool.num_blocks - 1) * self.block_size
         if request.max_total > capacity:
             raise InvalidRequest(
@@ -138,23 +139,24 @@ class Scheduler:
 
         There is no prefill phase and no decode phase: a row has `num_computed` tokens and must
         catch up with `num_tokens`. Decoding rows lack one token, new prompts many, resumed and
-        preempted rows whatever they lost. Rows that lack one come first, so that a long prompt
-        never takes another stream's turn; what is left of the budget goes to the rest in order.
+        preempted rows whatever they lost. `share_out` says who gets how much of the budget.
         """
         self._admit()
         rows, order = self.rows, self._order
         if not len(order):
             return None
         lack = np.minimum(rows.num_tokens[order], rows.max_total[order] - 1) - rows.num_computed[order]
-        counts = np.minimum(lack, 1)
-        counts[lack > 1] = 0
-        budget = self._prefill_budget(order, lack, int(counts.sum()))
-        behind = np.where(lack > 1, lack, 0)
-        counts += np.clip(budget - (np.cumsum(behind) - behind), 0, behind)
+        counts = share_out(
+            lack,
+            rows.num_computed[order],
+            max_tokens=self.max_num_batched_tokens,
+            min_chunk=self.block_size,
+            cost_model=self.cost_model,
+        )
         self._grow_tables(order, counts)
 
         chosen = counts > 0
-        slots, counts = order[chosen], counts[chosen].astype(np.int32)
+        slots, counts = order[chosen], counts[chosen]
         if self.rows.is_leaving[order].any():
             self._order = order[~rows.is_leaving[order]]
         if not len(slots):
@@ -178,20 +180,6 @@ class Scheduler:
         self._left_slots = []
         self._entered = []
         return plan
-
-    def cost_features(self, plan: Plan) -> Features:
-        """What the cost model predicts `plan` from."""
-        return features(plan.num_tokens, plan.starts + plan.num_tokens)
-
-    def _prefill_budget(self, order: Int32Array, lack: Int32Array, num_decoding: int) -> int:
-        """Tokens left for the rows that lack many, so that the announced cost stays in bounds."""
-        budget = self.max_num_batched_tokens - num_decoding
-        behind = lack > 1
-        if budget <= 0 or not behind.any():
-            return budget
-        context = int(self.rows.num_computed[order[behind]].max()) + budget
-        allowance = self.cost_model.prefill_allowance(self.rows.num_tokens[order[~behind]], context, MAX_ANNOUNCED_S)
-        return min(budget, max(allowance, self.block_size))
 
     def _grow_tables(self, order: Int32Array, counts: np.typing.NDArray[np.int32]) -> None:
         """Give every chosen row the blocks for its tokens, preempting from the back of `order`.
@@ -222,15 +210,23 @@ class Scheduler:
     # --- admission ------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Move requests from the queue into free slots while this step has budget for them."""
+        """Move requests from the queue into free slots while this step has budget for them.
+
+        Only what is served before a request takes of its budget: it overtakes the long prompts of
+        lower priority that are being computed.
+        """
         if not len(self._waiting):
             return
-        rows, order = self.rows, self._order
-        budget = self.max_num_batched_tokens - int((rows.num_tokens[order] - rows.num_computed[order]).sum())
-        while budget > 0 and (request := self._waiting.peek()) is not None:
+        rows, order, num_entered = self.rows, self._order, 0
+        lack, ranks = rows.num_tokens[order] - rows.num_computed[order], rows.rank[order]
+        while (request := self._waiting.peek()) is not None:
+            if tokens_ahead(lack, ranks, rank(request)) + num_entered >= self.max_num_batched_tokens:
+                return
+            if not self._free_slots and not self._outranks_last(request):
+                return
             num_cacheable = (len(request.tokens) - 1) // self.block_size if self._enable_prefix_cache else 0
             hits = self.pool.match(request.hashes[:num_cacheable])
-            if len(hits) < num_cacheable and self._waiting.has_leader(request.hashes[num_cacheable - 1]):
+            if len(hits) < num_cacheable and self._waiting.has_leader(request, request.hashes[num_cacheable - 1]):
                 self._waiting.stand_aside(request.hashes[num_cacheable - 1])
                 continue
             total = -(-len(request.tokens) // self.block_size)
@@ -239,20 +235,21 @@ class Scheduler:
                     return
                 continue
             self._enter(self._waiting.pop(), hits, total, num_cacheable)
-            budget -= len(request.tokens) - len(hits) * self.block_size
+            num_entered += len(request.tokens) - len(hits) * self.block_size
 
     def _has_room(self, num_missing: int, total: int, num_hit_free: int) -> bool:
         # A block per running row stays in reserve, or the newcomer would be preempted right away.
         reserve = min(self.num_running, self.pool.num_blocks - 1 - total)
         return bool(self._free_slots) and self.pool.num_free - num_hit_free >= num_missing + reserve
 
+    def _outranks_last(self, request: Request) -> bool:
+        return bool(len(self._order)) and self.rows.request_in(int(self._order[-1])).priority < request.priority
+
     def _preempt_for(self, request: Request) -> bool:
         """Make room for a request of higher priority than the last running row's."""
-        if not len(self._order):
+        if not self._outranks_last(request):
             return False
         last = int(self._order[-1])
-        if self.rows.request_in(last).priority >= request.priority:
-            return False
         self._order = self._order[:-1]
         self._preempt(last)
         return bool(self.rows.num_in_flight[last] == 0)
@@ -314,6 +311,7 @@ class Scheduler:
             request = self.rows.request_in(slot)
             output.failed.append(request.key)
             del self._requests[request.key]
+            self.pool.disown(request.blocks)  # what they hold may be the cause
             self._end(request)
         self._settle(plan.slots)
         return output

@@ -19,6 +19,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._heap: list[tuple[int, Request]] = []
         self._count = 0
+        self._leaders: dict[BlockHash, Request] = {}
         self._followers: dict[BlockHash, list[Request]] = {}
 
     def __len__(self) -> int:
@@ -56,11 +57,17 @@ class WaitingQueue:
 
     def lead(self, request: Request, prompt: BlockHash) -> None:
         """`request` runs and will commit the blocks up to `prompt`."""
+        slower = self._leaders.get(prompt)
+        if slower is not None:  # of lower priority; its followers go on with the new one
+            slower.leads = None
         request.leads = prompt
-        self._followers[prompt] = []
+        self._leaders[prompt] = request
+        self._followers.setdefault(prompt, [])
 
-    def has_leader(self, prompt: BlockHash) -> bool:
-        return prompt in self._followers
+    def has_leader(self, request: Request, prompt: BlockHash) -> bool:
+        """Whether a sibling computes `prompt` already, and is not served after `request`."""
+        leader = self._leaders.get(prompt)
+        return leader is not None and leader.priority >= request.priority
 
     def stand_aside(self, prompt: BlockHash) -> None:
         """What `peek` returned waits for the leader of `prompt`."""
@@ -70,6 +77,7 @@ class WaitingQueue:
         """The leader has committed its prompt, or has left: its siblings compete again."""
         if leader.leads is None:
             return
+        del self._leaders[leader.leads]
         for request in self._followers.pop(leader.leads):
             if request.phase is Phase.WAITING:
                 heapq.heappush(self._heap, (rank(request), request))

@@ -58,7 +58,7 @@ def test_an_hour_of_nothing_but_decoding_spoils_nothing() -> None:
     machine.live(100)
     machine.live(20_000, share_of_prefills=0.0, num_rows=8)
     errors = machine.errors()
-    assert 0.8 < errors.min() and errors.max() < 1.25
+    assert errors.min() > 0.8 and errors.max() < 1.25
     assert machine.model.prefill_allowance(np.full(8, 500, np.int32), 500, 0.5) > 200
 
 
@@ -119,6 +119,6 @@ def test_the_scheduler_keeps_announced_costs_in_bounds() -> None:
     while scheduler.has_work:
         plan = scheduler.schedule()
         assert plan is not None
-        announced.append(scheduler.cost_model.predict(scheduler.cost_features(plan)))
+        announced.append(machine.model.predict(features(plan.num_tokens, plan.starts + plan.num_tokens)))
         scheduler.update(plan, world.ranks.run(plan.encode()))
     assert 0.3 < max(announced) <= 0.55
