@@ -3,7 +3,7 @@
 Greedy, end of sequence ignored, prefix cache off, prompt of 128 tokens. Decode counts wall time from the first
 step in which every row decodes to the last, scheduling and sampling included. The limit is bytes over bandwidth
 or operations over rate, with ceilings measured in this run before and after; when they differ by more than 5 %
-the fractions are marked unstable.
+the fractions are marked unstable. The peer is transformers' model with a static batch, best of its trials.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from loadtest.bench import _ceilings
 from loadtest.bench._engine import Bench, add_model_options, load_worker, shape_of
+from loadtest.bench._peer import find_peer
 from loadtest.bench._report import line, report
 from loadtest.bench._roofline import decode_time_min, prefill_time_min
 from serving.engine.worker import Worker
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=64, help="decoded per stream")
     parser.add_argument("--prefill", type=int, nargs="+", default=[512], help="prompt lengths")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--peer-repeat", type=int, default=2, help="0 leaves the peer out")
     options = parser.parse_args(argv)
     longest = max(max(options.prefill), PROMPT + options.tokens + slack(max(options.streams))) + 16
     budget = 256
@@ -44,6 +46,15 @@ def main(argv: list[str]) -> int:
             decode[streams].append(decode_step_s(worker, streams, options.tokens, budget))
         for length in options.prefill:
             prefill[length].append(prefill_s(worker, length, budget))
+
+    theirs: dict[str, float] = {}
+    peer = find_peer(Path(worker.settings.model_dir), options.dtype) if options.peer_repeat else None
+    if peer is not None:
+        for streams in options.streams:
+            times = [peer.decode_step_s(streams, PROMPT, options.tokens // 2) for _ in range(options.peer_repeat)]
+            theirs[f"decode {streams}"] = streams / min(times)
+        for length in options.prefill:
+            theirs[f"prefill {length}"] = length / min(peer.prefill_s(length) for _ in range(options.peer_repeat))
 
     after = _ceilings.measure(footprint)
     ceilings = max(before, after, key=lambda c: c.read_bytes_s)
@@ -61,7 +72,9 @@ def main(argv: list[str]) -> int:
         median = statistics.median(kept)
         value, limit = tokens / median, tokens / limit_s
         spread = f"{tokens / max(kept):.1f}–{tokens / min(kept):.1f}"
+        against = theirs.get(name)
         rows.append([name, f"{value:.1f}", spread, f"{limit:.1f}", f"{value / limit:.0%}"])
+        rows[-1].append("" if against is None else f"{against:.1f}")
         lines.append(
             line(
                 bench=name,
@@ -71,6 +84,9 @@ def main(argv: list[str]) -> int:
                 fraction=round(value / limit, 3),
                 ceilings=ceilings.as_json(),
                 ceiling_drift=round(drift, 3),
+                peer=None
+                if peer is None
+                else {"engine": peer.name, "version": peer.version, "value": round(against or 0, 2)},
                 n=options.repeat,
                 **common,
             )
@@ -86,7 +102,7 @@ def main(argv: list[str]) -> int:
         f"{common['shape']} {options.dtype}, {worker.found.kernels}, {worker.found.num_threads} threads; ceilings "
         f"{ceilings.read_bytes_s / 1e9:.1f} GB/s, {ceilings.flops_s / 1e9:.0f} GFLOP/s{stable}"
     )
-    report(title, ["workload", "tok/s", "min–max", "limit", "fraction"], rows, lines)
+    report(title, ["workload", "tok/s", "min–max", "limit", "fraction", "transformers"], rows, lines)
     return 0
 
 
