@@ -80,5 +80,5 @@ class Gateway:
             card = self.dispatch.card(name)
             if card is not None:
                 return card
-        message = f"No replica of model {name[:64]!r} has started yet: {self.dispatch.is_ready()[1]}."
+        message = f"No replica of model {name[:64]!r} has started yet."
         raise NoCapacity(message, retry_after_s=5.0, reason="no_endpoints")

@@ -55,7 +55,6 @@ class BoundedProtocol(HttpToolsProtocol):
     """One client connection. In every scope, `extensions["argosy.connection"]` is this object."""
 
     max_body_bytes: ClassVar[int] = 2 << 20
-    note_refusal: ClassVar[Callable[[ArgosyError], str] | None] = None
     header_timeout_s: ClassVar[float] = HEADER_TIMEOUT_S
     body_timeout_s: ClassVar[float] = BODY_TIMEOUT_S
 
@@ -96,6 +95,11 @@ class BoundedProtocol(HttpToolsProtocol):
                 cycle.disconnected = True
                 cycle.message_event.set()
         super().connection_lost(exc)
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the client has gone, or is being sent away."""
+        return self.transport.is_closing()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -258,6 +262,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # --- refusals ---------------------------------------------------------------------------------
 
+    @staticmethod
+    def note_refusal(error: ArgosyError) -> str:
+        """Hears of every refusal; returns the request id that it is answered with."""
+        return ""
+
     def _fail(self, error: ArgosyError) -> None:
         """End parsing from within a callback."""
         self._refusal = error
@@ -282,8 +291,9 @@ class BoundedProtocol(HttpToolsProtocol):
             error.status, b"Refused"
         )
         head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n"
-        if self.note_refusal is not None:
-            head += b"x-request-id: " + self.note_refusal(error).encode() + b"\r\n"
+        request_id = self.note_refusal(error)
+        if request_id:
+            head += b"x-request-id: " + request_id.encode() + b"\r\n"
         self.transport.write(head % (error.status, reason, len(body)) + b"\r\n" + body)
         self.flow.resume_reading()
         if self.transport.can_write_eof():
@@ -320,7 +330,7 @@ def bounded_protocol(
 
     note_refusal: hears of every request refused here, which no handler sees; returns its request id.
     """
-    members = {"max_body_bytes": max_body_bytes}
+    members: dict[str, Any] = {"max_body_bytes": max_body_bytes}
     if note_refusal is not None:
         members["note_refusal"] = staticmethod(note_refusal)
     return type("BoundedProtocol", (BoundedProtocol,), members)

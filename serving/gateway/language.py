@@ -59,11 +59,11 @@ class Language:
         """Token ids of every prompt. Raises ContextLengthExceeded above the byte cap, before tokenising."""
         texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
         add_special_tokens = body.generation.add_special_tokens
+        for text in texts:
+            self._check_bytes([text], "prompt")
         if len(texts) == 1:
-            self._check_bytes(texts, "prompt")
             return [await self.tokenizer.encode_async(texts[0], add_special_tokens=add_special_tokens)]
         if texts:
-            self._check_bytes(texts, "prompt")
             return await self.tokenizer.encode_batch_async(texts, add_special_tokens=add_special_tokens)
         return [self._document_start() if ids is None else _ids(ids) for ids in body.prompts]
 

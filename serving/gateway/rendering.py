@@ -214,28 +214,45 @@ class EventRendering(Rendering):
 
 
 class WholeRendering(Rendering):
-    """A choice of a whole reply: text and tokens, collected as they come."""
+    """A choice of a whole reply: text and tokens, collected as they come.
 
-    __slots__ = ("_extras", "_texts", "entries")
+    Log-probabilities are encoded token by token: a reply of a million of them must not stop the event loop
+    at its end, and takes its bytes of memory and not its objects.
+    """
+
+    __slots__ = ("_columns", "_extras", "_texts", "token_ids")
 
     def __init__(self, choice: Choice, continuation: Continuation, extras: Extras) -> None:
         super().__init__(choice, continuation, extras)
         self._extras = extras
         self._texts: list[str] = []
-        self.entries: list[TokenEntry] = []
+        self._columns: dict[str, bytearray] = {}  # of the logprobs object: its arrays, without brackets
+        if extras.logprobs is not None:
+            self._columns = {name: bytearray() for name in extras.logprobs(())}
+        self.token_ids: list[int] = []
 
     @property
     def text(self) -> str:
         return "".join(self._texts)
 
     @property
-    def logprobs(self) -> dict[str, Any] | None:
-        return self._extras.logprobs(self.entries) if self._extras.logprobs else None
+    def logprobs(self) -> msgspec.Raw | None:
+        """The choice's logprobs object, encoded."""
+        if self._extras.logprobs is None:
+            return None
+        return msgspec.Raw(b"{%b}" % b",".join(b'"%b":[%b]' % (n.encode(), bytes(c)) for n, c in self._columns.items()))
 
     def feed(self, token_id: int, logprobs: bytes | None) -> bytes:
         continuation = self.continuation
-        if self.keeps_entries:
-            self.entries.append(TokenEntry(token_id, continuation.decoded_len, logprobs or b""))
+        if self._extras.logprobs is not None:
+            entry = TokenEntry(token_id, continuation.decoded_len, logprobs or b"")
+            for name, values in self._extras.logprobs((entry,)).items():
+                column = self._columns[name]
+                if column:
+                    column += b","
+                column += _encode(values[0])
+        if self._extras.token_ids:
+            self.token_ids.append(token_id)
         text = continuation.feed(token_id)
         if text:
             self._texts.append(text)

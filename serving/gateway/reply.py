@@ -28,6 +28,11 @@ class ClientConnection(Protocol):
     """Called when writing may go on after `is_write_paused`."""
 
     @property
+    def is_closing(self) -> bool:
+        """Whether the client has gone, or is being sent away."""
+        ...
+
+    @property
     def is_write_paused(self) -> bool:
         """Whether enough is unsent."""
         ...

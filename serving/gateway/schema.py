@@ -36,6 +36,8 @@ Status = Literal["honoured", "inert", "refused"]
 Origin = Literal["openai", "vllm"]
 
 MAX_NAME_LEN = 64
+MAX_PARAMETERS = 256
+"""Members of a body. Lenient callers may send names that nobody knows, but not a hundred thousand."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -175,6 +177,8 @@ def capabilities() -> dict[str, Any]:
             path: {"parameters": {name: fields[name].describe() for name in sorted(fields)}}
             for path, fields in ENDPOINTS.items()
         },
+        "seed": "a choice samples with (seed, its index in the whole request, position): the same request gives the "
+        "same bytes, a prompt in an array of prompts samples otherwise than the same prompt alone",
         "unknown_parameters": "refused; with the header 'x-argosy-lenient: 1' ignored and listed in x-argosy-ignored",
     }
 
@@ -195,6 +199,8 @@ def check(fields: Mapping[str, Field], body: Any, limits: Limits, is_lenient: bo
     """
     if not isinstance(body, dict):
         raise InvalidRequest(f"The request body must be a JSON object, got {shown(body)}.", code="invalid_type")
+    if len(body) > MAX_PARAMETERS:
+        raise InvalidRequest(f"A request may have at most {MAX_PARAMETERS} parameters, got {len(body)}.")
     values = {name: field.default for name, field in fields.items() if field.status == "honoured"}
     ignored = []
     for name, value in body.items():

@@ -8,6 +8,7 @@ bytes, because a body may be two megabytes and the event loop parses it.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -90,8 +91,7 @@ def _duplicate(body: bytes) -> str:
     found: list[str] = []
 
     def keep(pairs: list[tuple[str, Any]]) -> None:
-        names = [name for name, _ in pairs]
-        found.extend(name for name in names if names.count(name) > 1)
+        found.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
 
     json.loads(body, object_pairs_hook=keep)
     return f": {found[0][:64]!r}" if found else ""

@@ -25,14 +25,14 @@ def generation(**body: object) -> Generation:
     return parse_completion({"prompt": "x"} | body, Limits(CARD.tokenizer_size, CONTEXT)).generation
 
 
-def request(num_prompt: int, **body: object) -> Request:
+def request(num_prompt: int, copies: int = 1, **body: object) -> Request:
     return make_request(
         request_id="cmpl-0",
         created=0,
         card=CARD,
         deadline=1.0,
         generation=generation(**body),
-        prompts=[array("i", range(num_prompt))],
+        prompts=[array("i", range(num_prompt))] * copies,
         param="prompt",
         salt=b"s",
         draw_seed=lambda: 7,
@@ -92,6 +92,31 @@ def test_min_tokens_must_fit_in_what_is_left() -> None:
             request_id="", created=0, card=CARD, deadline=0.0, generation=asked,
             prompts=[array("i", [5] * 500)], param="messages", salt=b"", draw_seed=lambda: 0,
         )  # fmt: skip
+
+
+def test_a_text_without_tokens_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="'prompt': the text has no tokens") as refused:
+        request(0)
+    assert refused.value.param == "prompt"
+
+
+def test_something_must_be_left_to_sample_before_min_tokens() -> None:
+    end = CARD.eos_ids[0]
+    for body in ({"allowed_token_ids": [end]}, {"allowed_token_ids": [5, end], "stop_token_ids": [5]}):
+        with pytest.raises(InvalidRequest, match=r"before min_tokens \(3\)") as refused:
+            request(1, min_tokens=3, **body)
+        assert refused.value.param == "allowed_token_ids"
+        request(1, **body)
+        request(1, min_tokens=3, **(body | {"allowed_token_ids": [5, 6, end]}))
+    request(1, min_tokens=3, allowed_token_ids=[end], ignore_eos=True)
+
+
+def test_log_probabilities_of_one_reply_are_bounded() -> None:
+    request(1, n=128, max_tokens=500, copies=4)
+    request(1, n=128, max_tokens=500, copies=4, logprobs=10)
+    with pytest.raises(InvalidRequest, match="at most 4194304 log-probabilities") as refused:
+        request(1, n=128, max_tokens=500, copies=4, logprobs=20)
+    assert refused.value.param == "logprobs"
 
 
 def test_salts_are_bound_to_tenant_and_deployment() -> None:

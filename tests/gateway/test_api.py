@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import socket
+import time
 from typing import Any
 
 import openai
@@ -293,3 +296,47 @@ def test_without_any_replica_it_is_refused_in_time() -> None:
         assert reply.json()["error"]["code"] == "no_capacity"
         assert 0 < int(reply.headers["retry-after"]) <= 120
         assert world.complete(model="other").status_code == 404
+
+
+def test_the_byte_cap_is_for_each_prompt_of_a_batch() -> None:
+    with a_world() as world:
+        prompts = ["h" * 300] * 100  # more bytes together than one prompt may have
+        reply = world.complete(prompt=prompts, max_tokens=1)
+        assert reply.status_code == 200
+        assert len(reply.json()["choices"]) == 100
+        reply = world.complete(prompt=["h", "h" * 20_000])
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_long_reply_stops_no_other() -> None:
+    """Log-probabilities are encoded as tokens come, not all of them at the end."""
+    with a_world(Script("hello world" * 10, frames=(1,))) as world:
+        beats: list[float] = []
+
+        async def beat() -> None:
+            while True:
+                beats.append(time.monotonic())
+                await asyncio.sleep(0.002)
+
+        task = asyncio.run_coroutine_threadsafe(beat(), world.loop)
+        reply = world.chat(n=128, max_tokens=80, logprobs=True, top_logprobs=20)
+        task.cancel()
+        assert len(reply.json()["choices"][127]["logprobs"]["content"]) == 80
+        # the rows of a frame take some 10 ms; all 10,240 tokens at the end took most of a second
+        assert max(b - a for a, b in itertools.pairwise(beats)) < 0.25
+
+
+def test_who_waits_for_the_first_replica_hears_no_address_and_may_leave() -> None:
+    with a_world(queue_timeout_s=0.3) as world:
+        world.plane.cards_now = []
+        world.plane.ready = (False, "no replica is connected: ('127.0.0.1', 7600)")
+        reply = world.complete()
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+        assert reply.json()["error"]["message"] == "No replica of model 'tiny' has started yet."
+        assert world.get("/health").headers["retry-after"] == "1"
+    with a_world(queue_timeout_s=60) as world:
+        world.plane.cards_now = []
+        with socket.create_connection(("127.0.0.1", world.port)) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+            until(lambda: world.gateway.admission.num_preparing == 1)
+        until(lambda: world.gateway.admission.num_preparing == 0, 1.0)

@@ -87,7 +87,7 @@ def test_refused(world: World, request_bytes: bytes, status: int, code: str) -> 
 def test_an_endless_chunked_body_is_cut_at_the_limit(world: World) -> None:
     chunks = [b"1000\r\n" + b"x" * 4096 + b"\r\n"] * 200
     assert error(exchange(world, post(b"Transfer-Encoding: chunked"), *chunks)) == (413, "payload_too_large")
-    until(lambda: world.gateway.admission.num_preparing == 0)
+    until(lambda: world.gateway.admission.body_bytes == 0)
 
 
 def test_limits_leave_room_for_honest_requests(world: World) -> None:
@@ -194,7 +194,7 @@ def test_slow_heads_and_bodies_are_refused_at_their_deadline() -> None:
         assert exchange(world) == b""  # asked nothing, hears nothing
         assert error(exchange(world, b"POST /v1/completions HTTP/1.1\r\nHo")) == (408, "request_timeout")
         assert error(exchange(world, post(b"Content-Length: 100", body=b"{"))) == (408, "request_timeout")
-        until(lambda: world.gateway.admission.num_preparing == 0)
+        until(lambda: world.gateway.admission.body_bytes == 0)
         with socket.create_connection(("127.0.0.1", world.port)) as client:  # one byte at a time does not help
             begun = time.monotonic()
             client.settimeout(0.02)
@@ -208,6 +208,28 @@ def test_slow_heads_and_bodies_are_refused_at_their_deadline() -> None:
                     continue
             assert error(received)[0] == 408
             assert 0.25 < time.monotonic() - begun < 2
+
+
+def test_slow_bodies_take_no_place_from_whole_ones() -> None:
+    with a_world() as world:
+        world.gateway.admission._max_preparing = 2
+        slow = [socket.create_connection(("127.0.0.1", world.port)) for _ in range(20)]
+        for client in slow:
+            client.sendall(post(b"Content-Length: 100", body=b"{"))
+        until(lambda: world.gateway.admission.body_bytes == 20)
+        assert world.complete().status_code == 200
+        for client in slow:
+            client.close()
+        until(lambda: world.gateway.admission.body_bytes == 0)
+
+
+def test_bodies_beyond_what_memory_is_for_them_are_refused() -> None:
+    with a_world() as world:
+        world.gateway.admission._max_body_bytes = 1000
+        reply = world.complete(user="x" * 2000)
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+        assert world.gateway.admission.body_bytes == 0
+        assert world.complete().status_code == 200
 
 
 def test_deadlines_spare_those_who_wait_for_an_answer() -> None:

@@ -14,7 +14,7 @@ from serving.gateway.api.completions import CompletionFormat
 from serving.gateway.api.generation import make_renderings
 from serving.gateway.bodies import parse_chat, parse_completion
 from serving.gateway.fields import Limits
-from serving.gateway.rendering import Rendering, json_text
+from serving.gateway.rendering import Rendering, WholeRendering, json_text
 from serving.gateway.streams import Choice, Request
 from serving.types import NO_LOGPROBS, FinishReason
 from serving.wire import pack_ids
@@ -177,6 +177,26 @@ def test_chat_logprobs_have_bytes() -> None:
     content = events[-1]["choices"][0]["logprobs"]["content"]
     assert [item["bytes"] for item in content] == [[0xC3], [0xA9]]
     assert content[0]["top_logprobs"] == [{"token": "\\xc3", "logprob": -0.5, "bytes": [0xC3]}]
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+@pytest.mark.parametrize("text", ["hello é", ""])
+def test_a_whole_reply_has_the_logprobs_of_the_stream(is_chat: bool, text: str) -> None:
+    body: dict[str, Any] = {"logprobs": True, "top_logprobs": 3} if is_chat else {"logprobs": 3}
+    rendering = make_rendering(is_chat=is_chat, stream=False, return_token_ids=True, **body)
+    assert isinstance(rendering, WholeRendering)
+    for token_id in (ids := [*ids_of(text), IM_END]):
+        grow(rendering, [token_id])
+        rendering.drain(1 << 20)
+    joined: dict[str, list[Any]] = {}
+    for event in payloads(rendered(ids, [1] * len(ids), is_chat=is_chat, **body).decode()):
+        for name, values in (event["choices"][0]["logprobs"] or {}).items():
+            joined[name] = joined.get(name, []) + values
+    assert msgspec.json.decode(msgspec.json.encode(rendering.logprobs)) == joined
+    assert rendering.token_ids == ids
+    nothing = make_rendering(is_chat=is_chat, stream=False, **body)
+    assert isinstance(nothing, WholeRendering)
+    assert set(msgspec.json.decode(msgspec.json.encode(nothing.logprobs))) == set(joined)
 
 
 def test_minus_infinity_is_openais_number() -> None:

@@ -216,6 +216,12 @@ CHAT_RULES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def test_the_number_of_parameters_is_bounded() -> None:
+    body = {"prompt": "hi"} | {f"k{number}": 1 for number in range(256)}
+    with pytest.raises(InvalidRequest, match="at most 256 parameters, got 257"):
+        parse_completion(body, LIMITS, is_lenient=True)
+
+
 def test_rules_between_parameters() -> None:
     for body, param in COMPLETION_RULES:
         with pytest.raises(InvalidRequest) as raised:

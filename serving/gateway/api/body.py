@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -10,11 +11,12 @@ from serving.errors import PayloadTooLarge, UnsupportedMediaType
 from serving.gateway.strict_json import decode
 
 
-async def read_json(request: Request, max_bytes: int) -> Any:
+async def read_json(request: Request, max_bytes: int, hold: Callable[[int], None]) -> Any:
     """The decoded JSON body.
 
+    hold: hears how many bytes have arrived, before they are kept.
     Raises UnsupportedMediaType for a compressed body, PayloadTooLarge above max_bytes, InvalidJson,
-    and ClientDisconnect when the client leaves before its body is complete.
+    ClientDisconnect when the client leaves before its body is complete, and whatever `hold` raises.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
@@ -29,6 +31,7 @@ async def read_json(request: Request, max_bytes: int) -> Any:
         size += len(chunk)
         if size > max_bytes:
             raise PayloadTooLarge(f"The request body exceeds the limit of {max_bytes} bytes.")
+        hold(len(chunk))
         chunks.append(chunk)
         if not message.get("more_body", False):
             return decode(b"".join(chunks))

@@ -91,7 +91,7 @@ class ChatFormat:
             "stop_reason": continuation.stop_reason,
         }
         if generation.return_token_ids:
-            item["token_ids"] = [entry.token_id for entry in rendering.entries]
+            item["token_ids"] = rendering.token_ids
             item["prompt_token_ids"] = prompt_ids(rendering.choice)
         return item
 

@@ -24,7 +24,7 @@ from serving.gateway.gateway import Gateway
 from serving.gateway.language import Language, Tokens
 from serving.gateway.logprobs import TokenNames
 from serving.gateway.rendering import EventRendering, EventShape, Extras, Rendering, WholeRendering
-from serving.gateway.reply import WholeReply
+from serving.gateway.reply import ClientConnection, WholeReply
 from serving.gateway.schema import model_name
 from serving.gateway.sse import EventStream
 from serving.gateway.streams import Choice, Request
@@ -64,13 +64,15 @@ async def generate(gateway: Gateway, http: HttpRequest, form: Format) -> Respons
     """Serve one generation request. Raises every ArgosyError that a client may cause or meet."""
     arrived = asyncio.get_running_loop().time()
     is_lenient = http.headers.get("x-argosy-lenient") == "1"
-    with gateway.admission.preparing():
-        raw = await read_json(http, gateway.settings.max_body_bytes)
-        card = await gateway.card(model_name(raw))
-        body = form.parse(raw, Limits(card.tokenizer_size, card.max_model_len), is_lenient)
-        del raw
-        language = await gateway.languages.of(card)
-        prompts = await form.encode(body, language)
+    client: ClientConnection = http.scope["extensions"]["argosy.connection"]
+    with gateway.admission.holding() as hold:
+        raw = await read_json(http, gateway.settings.max_body_bytes, hold)
+        with gateway.admission.preparing():
+            card = await gateway.card(model_name(raw), lambda: not client.is_closing)
+            body = form.parse(raw, Limits(card.tokenizer_size, card.max_model_len), is_lenient)
+            del raw
+            language = await gateway.languages.of(card)
+            prompts = await form.encode(body, language)
     generation = body.generation
     tenant = gateway.tenants.of(http.headers.get("authorization"))
     request = make_request(

@@ -36,7 +36,7 @@ def router(gateway: Gateway) -> APIRouter:
     async def health() -> Response:
         """`/readyz` without a body, for clients of other servers."""
         is_ready = gateway.dispatch.is_ready()[0] and not gateway.is_draining
-        return Response(status_code=200 if is_ready else 503)
+        return Response(status_code=200) if is_ready else Response(status_code=503, headers={"retry-after": "1"})
 
     @routes.get("/progressz")
     async def progressz() -> Response:

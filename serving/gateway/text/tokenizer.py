@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 from tokenizers import Tokenizer as RawTokenizer
 
-from serving.errors import DeadlineExceeded, InvalidRequest, ModelLoadError, NoCapacity
+from serving.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, ModelLoadError, NoCapacity
 from serving.gateway.text.detokenizer import Detokenizer, make_detokenizer
 from serving.gateway.text.special_text import SpecialText
 from serving.gateway.text.vocabulary import Vocabulary
@@ -27,9 +27,13 @@ TIMEOUT_S = 10.0
 Result = TypeVar("Result")
 
 
+BYTES_PER_TOKEN = 32
+"""Generous text at 8 × 4 bytes per token."""
+
+
 def max_prompt_bytes(max_model_len: int) -> int:
-    """The cap on a prompt's bytes, checked before it is tokenised: generous text at 8 × 4 bytes per token."""
-    return 32 * max_model_len
+    """The cap on a prompt's bytes, checked before it is tokenised."""
+    return BYTES_PER_TOKEN * max_model_len
 
 
 def read_assets(folder: Path) -> dict[str, bytes]:
@@ -198,10 +202,10 @@ class Tokenizer:
 
     def _check_bytes(self, size: int, param: str) -> None:
         if size > self.max_prompt_bytes:
-            raise InvalidRequest(
-                f"{param} has {size} bytes; at most {self.max_prompt_bytes} are allowed for this model",
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.max_prompt_bytes // BYTES_PER_TOKEN} tokens, "
+                f"but {param} has {size} bytes; at most {self.max_prompt_bytes} are tokenised.",
                 param=param,
-                code="context_length_exceeded",
             )
 
     @staticmethod
