@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ from serving.errors import SettingsError
 from serving.gateway.connection import Connection, parse_endpoint
 from serving.gateway.fleet import Fleet, Replica
 from serving.gateway.link import Cause, Link
-from serving.wire import WireError
 
 if TYPE_CHECKING:
     import httpx
@@ -22,6 +22,10 @@ logger = logging.getLogger("argosy.gateway")
 
 MIN_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
+MAX_START_BACKOFF_S = 0.25
+"""… of the directory until it has answered for the first time: everybody waits for that."""
+QUIET_S = 10.0
+"""While a service starts, its parts do not find each other yet: failures of this time are no news."""
 MIN_QUARANTINE_S = 5.0
 MAX_QUARANTINE_S = 300.0
 STEADY_S = 10.0
@@ -49,6 +53,29 @@ class Backoff:
         wait_s = self._next_s
         self._next_s = min(wait_s * 2, self._most_s)
         return wait_s
+
+
+class Complaint:
+    """Log lines about one peer that does not answer. All attempts fail alike: only a change is worth a line."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._quiet_until = clock() + QUIET_S
+        self._said = ""
+
+    def settle(self) -> None:
+        """The peer has answered: from now on its silence is news at once."""
+        self._quiet_until = self._clock()
+        self._said = ""
+
+    def say(self, peer: str, text: str) -> None:
+        if text == self._said:
+            return
+        if self._clock() < self._quiet_until:
+            logger.debug("%s: %s", peer, text)
+        else:
+            self._said = text
+            logger.warning("%s: %s", peer, text)
 
 
 class Entry(msgspec.Struct, kw_only=True):
@@ -107,16 +134,19 @@ class Membership:
     async def _keep(self, replica: Replica) -> None:
         backoff = Backoff(MIN_BACKOFF_S, MAX_BACKOFF_S)
         quarantine = Backoff(MIN_QUARANTINE_S, MAX_QUARANTINE_S)
+        complaint = Complaint(self._clock)
         num_failed = 0
         while replica.is_listed or num_failed < MAX_FAILED_DIALS:
             try:
                 connection, link = await self._dial(replica)
-            except (OSError, TimeoutError, WireError, ValueError) as error:
+            except Exception as error:  # whatever it was: a replica that is never dialled again is lost
                 num_failed += 1
-                self._note(replica, error)
+                replica.error = _cause(error)
+                complaint.say(f"replica {replica.id or replica.endpoint}", replica.error)
                 await asyncio.sleep(backoff.next_s())
                 continue
             num_failed = 0
+            complaint.settle()
             replica.id, replica.epoch, replica.error, replica.link = link.replica, link.epoch, "", link
             logger.info("replica %s: connected, epoch %d", link.replica, link.epoch)
             try:
@@ -138,35 +168,34 @@ class Membership:
         del self._fleet.replicas[replica.endpoint]
         del self._tasks[replica.endpoint]
 
-    def _note(self, replica: Replica, error: Exception) -> None:
-        """Every attempt fails alike while a replica is away: only a change is worth a line."""
-        text = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-        if text != replica.error:
-            logger.warning("replica %s: %s", replica.id or replica.endpoint, text)
-        replica.error = text
-
     # --- the directory ----------------------------------------------------------------------------
 
     async def _follow(self, url: str) -> None:
         import httpx
 
-        backoff = Backoff(MIN_BACKOFF_S, 2 * MAX_BACKOFF_S)
+        backoff = Backoff(MIN_BACKOFF_S, MAX_START_BACKOFF_S)
+        complaint = Complaint(self._clock)
+        is_known = False
         version = -1
         timeout = httpx.Timeout(POLL_TIMEOUT_S, connect=2.0)
         async with httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
             while True:
                 try:
                     listing = await _poll(client, url, version)
-                except (httpx.HTTPError, msgspec.MsgspecError, ValueError) as error:
-                    logger.warning("directory: %s", str(error) or type(error).__name__)
+                    self.take(listing)
+                except Exception as error:  # whatever it was: without this task no replica is ever found again
+                    complaint.say("directory", str(error) or type(error).__name__)
                     version = -1
                     await asyncio.sleep(backoff.next_s())
                     continue
+                if not is_known:
+                    is_known = True
+                    backoff = Backoff(MIN_BACKOFF_S, 2 * MAX_BACKOFF_S)
                 backoff.reset()
+                complaint.settle()
                 if listing.version == version:
                     await asyncio.sleep(MIN_BACKOFF_S)  # an honest long poll ends by time; do not spin on another
                 version = listing.version
-                self.take(listing)
 
     def take(self, listing: Listing) -> None:
         """The directory's word: who exists, who drains."""
@@ -186,6 +215,15 @@ class Membership:
                 replica.link.is_draining = replica.is_draining
         for endpoint, replica in self._fleet.replicas.items():
             replica.is_listed = endpoint in listed
+
+
+def _cause(error: Exception) -> str:
+    """What `/readyz` may say of a failed dial: the system's own messages have addresses and paths in them."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError) and type(error) is not ConnectionError:  # which is our own word, see connection.py
+        return os.strerror(error.errno) if error.errno else "no connection"
+    return str(error) or type(error).__name__
 
 
 async def _poll(client: httpx.AsyncClient, url: str, version: int) -> Listing:
