@@ -138,13 +138,14 @@ class Worker:
 
 
 def tokenizer_size(model_dir: str, logits_size: int) -> int:
-    """Number of ids that the tokenizer knows; the model may have padded rows beyond it."""
+    """One more than the highest id of the tokenizer; the model may have padded rows beyond it."""
     from tokenizers import Tokenizer
 
     path = Path(model_dir) / "tokenizer.json"
     if not path.exists():
         raise ModelLoadError(f"{path.name} is missing in the model folder: run `argosy pull` on the original model")
-    return min(logits_size, int(Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True)))
+    ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()
+    return min(logits_size, max(ids) + 1)  # not the number of entries: ids may have gaps
 
 
 def fingerprint(weights: str, settings: EngineSettings, kernels: str) -> str:
