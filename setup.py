@@ -11,7 +11,8 @@ from setuptools.command.build_ext import build_ext
 
 VARIANTS: dict[str, list[str]] = {"_cpu_base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    VARIANTS |= {"_cpu_v3": ["-march=x86-64-v3"], "_cpu_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+    V4 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+    VARIANTS |= {"_cpu_v3": ["-march=x86-64-v3"], "_cpu_v4": V4, "_cpu_v4_bf16": [*V4, "-mavx512bf16"]}
 
 # Exact kernels: an FMA is written, never contracted, and nothing is reassociated.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]

@@ -98,21 +98,36 @@ PyObject* py_set_num_threads(PyObject*, PyObject* const* values, Py_ssize_t coun
 
 PyObject* py_num_threads(PyObject*, PyObject* const*, Py_ssize_t) { return PyLong_FromLong(pool().num_threads()); }
 
-// The x86-64 microarchitecture level of this machine: 4, 3 or 0 for anything else.
-PyObject* py_isa_level(PyObject*, PyObject* const*, Py_ssize_t) {
-  long level = 0;
+// Names of the extensions that this machine could run, best first; setup.py says how each is compiled.
+PyObject* py_variants(PyObject*, PyObject* const*, Py_ssize_t) {
+  const char* names[4];
+  Py_ssize_t count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-      __builtin_cpu_supports("bmi2")) {
-    level = 3;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      level = 4;
-  }
+  const bool is_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                     __builtin_cpu_supports("bmi2");
+  const bool is_v4 = is_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("avx512vl");
+  if (is_v4 && __builtin_cpu_supports("avx512bf16")) names[count++] = "_cpu_v4_bf16";
+  if (is_v4) names[count++] = "_cpu_v4";
+  if (is_v3) names[count++] = "_cpu_v3";
 #endif
-  return PyLong_FromLong(level);
+  names[count++] = "_cpu_base";
+  PyObject* found = PyTuple_New(count);
+  for (Py_ssize_t i = 0; found && i < count; i++) {
+    PyObject* name = PyUnicode_FromString(names[i]);
+    if (!name) {
+      Py_CLEAR(found);
+      break;
+    }
+    PyTuple_SET_ITEM(found, i, name);
+  }
+  return found;
 }
+
+// Whether linears with bf16 weights round x to bf16.
+PyObject* py_has_dot(PyObject*, PyObject* const*, Py_ssize_t) { return PyBool_FromLong(kHasDot); }
 
 // Asks for huge pages under memory that is about to be filled: 4 KiB pages cost a TLB miss per block of keys.
 PyObject* py_advise_huge(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -239,8 +254,8 @@ PyObject* py_attention(PyObject*, PyObject* const* values, Py_ssize_t count) {
 PyMethodDef methods[] = {
     METHOD(set_num_threads), METHOD(num_threads), METHOD(pack),        METHOD(linear),
     METHOD(rms_norm),        METHOD(silu_mul),    METHOD(gather_rows), METHOD(argmax_rows),
-    METHOD(logsumexp_rows),  METHOD(rope_store),  METHOD(attention),   METHOD(isa_level),
-    METHOD(advise_huge),
+    METHOD(logsumexp_rows),  METHOD(rope_store),  METHOD(attention),   METHOD(variants),
+    METHOD(advise_huge),     METHOD(has_dot),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -5,7 +5,7 @@
 // 32 bits per k, (output i | output i + 16 << 16), so one load, one shift and one mask give two vectors in order.
 #pragma once
 
-#include "cpu_pool.h"
+#include "cpu_dot.h"
 
 namespace argosy {
 
@@ -104,71 +104,138 @@ INLINE void interleave(const Linear& a, int64_t first, int rows, float* packed) 
 }
 
 INLINE void finish(const Linear& a, const float* tile, int64_t row, int rows, int64_t column) {
-  int64_t columns = a.n - column < kPanel ? a.n - column : kPanel;
+  const int64_t columns = a.n - column < kPanel ? a.n - column : kPanel;
+  alignas(64) float bias[kPanel] = {};
+  if (a.bias)
+    for (int64_t i = 0; i < columns; i++) bias[i] = read_as_float(a.bias, a.bias_format, column + i);
   for (int r = 0; r < rows; r++) {
     float* out = a.out + (row + r) * a.n + column;
     const float* sums = tile + r * kPanel;
-    for (int64_t i = 0; i < columns; i++) {
+    int64_t i = 0;
+    for (; i + VL <= columns; i += VL) {
+      vf y = load<vf>(sums + i);
+      if (a.bias) y += load<vf>(bias + i);
+      store(out + i, a.is_residual ? load<vf>(out + i) + y : y);
+    }
+    for (; i < columns; i++) {
       float y = sums[i];
-      if (a.bias) y += read_as_float(a.bias, a.bias_format, column + i);
+      if (a.bias) y += bias[i];
       out[i] = a.is_residual ? out[i] + y : y;
     }
   }
 }
 
-inline void linear(const Linear& a) {
+// How M rows and N outputs are cut into tasks: tiles of nearly equal height (tile t starts at row t * m / tiles), columns
+// of neighbouring panels, and bands of tiles where there are few columns.
+struct Cut {
+  int64_t m, tiles, panels, step, columns, bands;
+  Cut(int64_t rows, int64_t n, int max_rows, int num_threads) : m(rows) {
+    tiles = (m + max_rows - 1) / max_rows, panels = (n + kPanel - 1) / kPanel;
+    const int64_t wanted = 8 * num_threads;
+    step = panels > 2 * wanted ? panels / wanted : 1;
+    columns = (panels + step - 1) / step;
+    bands = columns < wanted / 2 && tiles > 1 ? (tiles < wanted / columns ? tiles : wanted / columns) : 1;
+  }
+  int64_t first_row(int64_t tile) const { return tile * m / tiles; }
+  // Calls f(panel, tile, first row, rows) for every tile of a task, panel by panel.
+  template <class F>
+  INLINE void for_tiles(int64_t task, F&& f) const {
+    const int64_t column = task / bands, band = task % bands;
+    const int64_t last_panel = (column + 1) * step < panels ? (column + 1) * step : panels;
+    for (int64_t p = column * step; p < last_panel; p++)
+      for (int64_t t = band * tiles / bands; t < (band + 1) * tiles / bands; t++)
+        f(p, t, first_row(t), int(first_row(t + 1) - first_row(t)));
+  }
+};
+
+template <class Panel>
+void linear_by_fma(const Linear& a) {
   Pool& threads = pool();
-  const int64_t tiles = (a.m + kMaxRows - 1) / kMaxRows, panels = (a.n + kPanel - 1) / kPanel;
-  const int64_t panel_bytes = a.k * (a.format == kBfloat16 ? Bf16Panel::kBytes : Fp32Panel::kBytes);
+  const Cut cut(a.m, a.n, kMaxRows, threads.num_threads());
   const float* packed = a.x;
   if (a.m > 1) {
     float* scratch = threads.shared().floats(size_t(a.m * a.k));
     auto pack = [&](int64_t t, int) {
-      int64_t first = t * a.m / tiles, last = (t + 1) * a.m / tiles;
+      int64_t first = cut.first_row(t), last = cut.first_row(t + 1);
       interleave(a, first, int(last - first), scratch + first * a.k);
     };
     if (a.m * a.k > 65536)
-      threads.run(tiles, pack);
+      threads.run(cut.tiles, pack);
     else
-      for (int64_t t = 0; t < tiles; t++) pack(t, 0);
+      for (int64_t t = 0; t < cut.tiles; t++) pack(t, 0);
     packed = scratch;
   }
-  const int64_t wanted = 8 * threads.num_threads();
-  const int64_t step = panels > 2 * wanted ? panels / wanted : 1;  // neighbouring panels per task
-  const int64_t columns = (panels + step - 1) / step;
-  const int64_t bands = columns < wanted / 2 && tiles > 1 ? (tiles < wanted / columns ? tiles : wanted / columns) : 1;
-  threads.run(columns * bands, [&](int64_t task, int) {
-    const int64_t column = task / bands, band = task % bands;
-    const int64_t last_panel = (column + 1) * step < panels ? (column + 1) * step : panels;
+  threads.run(cut.columns * cut.bands, [&](int64_t task, int) {
     alignas(64) float tile[kMaxRows * kPanel];
-    for (int64_t p = column * step; p < last_panel; p++)
-      for (int64_t t = band * tiles / bands; t < (band + 1) * tiles / bands; t++) {
-        const int64_t first = t * a.m / tiles;
-        const int rows = int((t + 1) * a.m / tiles - first);
-        const char* panel = a.weight + p * panel_bytes;
-        if (a.format == kBfloat16)
-          multiply_rows<Bf16Panel>(rows, packed + first * a.k, panel, a.k, tile);
-        else
-          multiply_rows<Fp32Panel>(rows, packed + first * a.k, panel, a.k, tile);
-        finish(a, tile, first, rows, p * kPanel);
-      }
+    cut.for_tiles(task, [&](int64_t p, int64_t, int64_t first, int rows) INLINE_LAMBDA {
+      multiply_rows<Panel>(rows, packed + first * a.k, a.weight + p * a.k * Panel::kBytes, a.k, tile);
+      finish(a, tile, first, rows, p * kPanel);
+    });
   });
 }
 
-// weight [N][K] -> panels. `out` holds ceil(N / 32) * K * 32 values.
+#if defined(__AVX512BF16__)
+inline void linear_by_dot(const Linear& a) {
+  static_assert(Dot::kPanel == kPanel);
+  Pool& threads = pool();
+  const Cut cut(a.m, a.n, Dot::kMaxRows, threads.num_threads());
+  const int64_t pairs = Dot::pairs(a.k), stride = Dot::stride(a.k), panel_bytes = pairs * Dot::kBytes;
+  uint32_t* x = reinterpret_cast<uint32_t*>(threads.shared().floats(size_t(a.m * stride)));
+  auto round = [&](int64_t row, int) { Dot::round_row(a.x + row * a.k, a.k, x + row * stride); };
+  if (a.m * a.k > 131072)
+    threads.run(a.m, round);
+  else
+    for (int64_t row = 0; row < a.m; row++) round(row, 0);
+  // A lone tile is fed by memory: fetch 8 KiB ahead in its own stream. Several share a panel, which stays in the
+  // cache: each fetches its part of the next one, so that memory works while they compute.
+  const int64_t per_band = cut.tiles / cut.bands;
+  const int64_t pace = per_band <= 1 ? Dot::kBytes : (Dot::kBytes + per_band - 1) / per_band;
+  threads.run(cut.columns * cut.bands, [&](int64_t task, int) {
+    alignas(64) float tile[Dot::kMaxRows * kPanel];
+    const int64_t first_tile = task % cut.bands * cut.tiles / cut.bands;
+    cut.for_tiles(task, [&](int64_t p, int64_t t, int64_t first, int rows) INLINE_LAMBDA {
+      const char* panel = a.weight + p * panel_bytes;
+      const int64_t next = (p + 1) % cut.step ? p + 1 : p + 1 + (threads.num_threads() - 1) * cut.step;
+      const char* ahead =
+          per_band <= 1 ? panel + 8192 : a.weight + next * panel_bytes + (t - first_tile) * pairs * pace;
+      Dot::multiply_rows(rows, x + first * stride, stride, panel, pairs, ahead, pace, tile);
+      finish(a, tile, first, rows, p * kPanel);
+    });
+  });
+}
+#endif
+
+inline void linear(const Linear& a) {
+  if (a.format == kFloat32) return linear_by_fma<Fp32Panel>(a);
+#if defined(__AVX512BF16__)
+  linear_by_dot(a);
+#else
+  linear_by_fma<Bf16Panel>(a);
+#endif
+}
+
+// Values of k that a packed panel holds: bf16 pairs need an even number.
+inline int64_t packed_depth(int format, int64_t k) { return kHasDot && format == kBfloat16 ? (k + 1) / 2 * 2 : k; }
+
+// weight [N][K] -> panels. `out` holds ceil(N / 32) * packed_depth * 32 values.
 inline void pack_weight(const void* weight, void* out, int format, int64_t n, int64_t k_size) {
-  const int64_t panels = (n + kPanel - 1) / kPanel;
+  const int64_t panels = (n + kPanel - 1) / kPanel, depth = packed_depth(format, k_size);
+  auto* narrow_out = static_cast<uint16_t*>(out);
   pool().run(panels, [&](int64_t p, int) {
     for (int64_t i = 0; i < kPanel; i++) {
       const int64_t row = p * kPanel + i;
-      for (int64_t k = 0; k < k_size; k++) {
-        const int64_t at = (p * k_size + k) * kPanel;
-        if (format == kBfloat16) {
-          uint16_t value = row < n ? static_cast<const uint16_t*>(weight)[row * k_size + k] : 0;
-          static_cast<uint16_t*>(out)[at + (i % kHalf) * 2 + i / kHalf] = value;
-        } else {
-          static_cast<float*>(out)[at + i] = row < n ? static_cast<const float*>(weight)[row * k_size + k] : 0.0f;
+      for (int64_t k = 0; k < depth; k++) {
+        const bool is_padding = row >= n || k >= k_size;
+        const int64_t at = (p * depth + k) * kPanel, from = row * k_size + k;
+        if (format == kFloat32) {
+          static_cast<float*>(out)[at + i] = is_padding ? 0.0f : static_cast<const float*>(weight)[from];
+          continue;
         }
+        const uint16_t value = is_padding ? uint16_t(0) : static_cast<const uint16_t*>(weight)[from];
+        if (kHasDot)
+          narrow_out[(p * depth + (k & ~int64_t(1))) * kPanel + 2 * i + (~k & 1)] = value;
+        else
+          narrow_out[at + i % kHalf * 2 + i / kHalf] = value;
       }
     }
   });

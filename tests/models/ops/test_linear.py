@@ -7,7 +7,7 @@ import torch
 
 from models.ops.cpu import CpuKernels
 from models.ops.kernels import Kernels
-from tests.models.ops.world import COMPILED, ORACLE, SERVING, name_of, same_bits
+from tests.models.ops.world import COMPILED, ORACLE, SERVING, as_multiplied, name_of, same_bits
 
 SHAPES = [(1, 1), (31, 7), (32, 16), (33, 576), (100, 131), (576, 576), (17, 4097), (960, 64)]
 WEIGHTS = [torch.bfloat16, torch.float16, torch.float32]
@@ -34,7 +34,7 @@ def test_equals_the_oracle(kernels: Kernels, shape: tuple[int, int], dtype: torc
     residual = torch.ones(14, shape[0])
     plain, biased = kernels.linear(x, packed), kernels.linear(x, packed, bias)
     added = kernels.linear(x, packed, bias, residual)
-    wanted = x.double() @ weight.double().T
+    wanted = as_multiplied(kernels, x, weight).double() @ weight.double().T
     tolerance = 2e-6 * float(x.abs().double().matmul(weight.abs().double().T).max())
     torch.testing.assert_close(plain.double(), wanted, atol=tolerance, rtol=0)
     torch.testing.assert_close(biased.double(), wanted + bias, atol=tolerance, rtol=0)
@@ -70,25 +70,39 @@ def test_threads_do_not_change_bits(kernels: CpuKernels, rows: int) -> None:
     assert all(same_bits(result, results[0]) for result in results)
 
 
-@pytest.mark.skipif(len(COMPILED) < 3, reason="needs AVX-512")
-def test_both_fma_instruction_sets_agree() -> None:
-    x, weight, _ = make(100, 577, 20)
-    v3, v4 = (kernels.linear(x, kernels.pack(weight)) for kernels in COMPILED[1:])
-    assert same_bits(v3, v4)
+@pytest.mark.skipif(len(COMPILED) < 3, reason="needs two instruction sets with FMA")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_instruction_sets_with_fma_agree(shape: tuple[int, int]) -> None:
+    """A dot of bf16 pairs is two roundings in the order of k: the very chain of FMAs, where x is bf16 already."""
+    x, weight, bias = make(*shape, rows=20)
+    first, *others = (kernels.linear(x.bfloat16().float(), kernels.pack(weight), bias) for kernels in COMPILED[1:])
+    assert all(same_bits(other, first) for other in others)
+
+
+@each_compiled
+def test_activations_are_rounded_to_nearest_even(kernels: CpuKernels) -> None:
+    """By the kernels that round them, and by them alone."""
+    exact = [1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-8, 3e38, 257.0]
+    x = torch.tensor(exact).unsqueeze(1)
+    got = kernels.linear(x, kernels.pack(torch.ones(1, 1, dtype=torch.bfloat16))).flatten()
+    rounded = [1.0, 1.0, 1 + 2**-6, 1 + 2**-7, -1.0, float(torch.tensor(3e38).bfloat16()), 256.0]
+    assert got.tolist() == (rounded if kernels.rounds_activations else x.flatten().tolist())
 
 
 @each_compiled
 def test_a_chain_runs_in_the_order_of_k(kernels: CpuKernels) -> None:
-    """2^24 + 1 + ... + 1 - 2^24: each 1 is lost after 2^24 and kept before it."""
+    """2^24 + 1 + ... + 1 - 2^24: each 1 is lost after 2^24 and kept before it. The last two are one pair."""
     ones = [1.0] * 100
     x = torch.tensor([[2.0**24, *ones, -(2.0**24)], [*ones, 2.0**24, -(2.0**24)]])
-    packed = kernels.pack(torch.ones(40, 102))
-    assert kernels.linear(x, packed)[:, 39].tolist() == [0.0, 100.0]
+    for dtype in (torch.bfloat16, torch.float32):
+        packed = kernels.pack(torch.ones(40, 102, dtype=dtype))
+        assert kernels.linear(x, packed)[:, 39].tolist() == [0.0, 100.0]
 
 
 @each_compiled
 def test_a_bf16_weight_equals_its_fp32_copy(kernels: CpuKernels) -> None:
     x, weight, bias = make(70, 50, 9)
+    x = as_multiplied(kernels, x, weight)
     narrow, wide = kernels.pack(weight), kernels.pack(weight.float())
     assert narrow.data.dtype == torch.bfloat16 and wide.data.dtype == torch.float32
     assert same_bits(kernels.linear(x, narrow, bias.bfloat16()), kernels.linear(x, wide, bias.bfloat16().float()))
@@ -102,8 +116,8 @@ def test_no_rows(kernels: Kernels) -> None:
 
 @each_compiled
 def test_infinities_stay_in_their_row(kernels: CpuKernels) -> None:
-    x, weight, _ = make(40, 64, 12)
-    x[5, 3], x[7, 9] = torch.inf, torch.nan
+    x, weight, _ = make(40, 63, 12)
+    x[5, 3], x[7, 62] = torch.inf, torch.nan
     got = kernels.linear(x, kernels.pack(weight))
     is_clean = got.isfinite().all(dim=1)
     assert is_clean.tolist() == [row not in (5, 7) for row in range(12)]

@@ -20,13 +20,11 @@ ORACLE = ReferenceKernels(torch.float64)
 
 
 def compiled() -> list[CpuKernels]:
-    """One per instruction set that was built and runs here."""
+    """One per instruction set that was built and runs here, the best last."""
     if load_extension() is None:
         return []
-    level = importlib.import_module("models.ops._cpu_base").isa_level()
-    names = ["_cpu_base", *(f"_cpu_v{n}" for n in (3, 4) if n <= level)]
     found = []
-    for name in names:
+    for name in reversed(importlib.import_module("models.ops._cpu_base").variants()):
         with contextlib.suppress(ImportError):
             found.append(CpuKernels(importlib.import_module(f"models.ops.{name}")))
     return found
@@ -34,6 +32,12 @@ def compiled() -> list[CpuKernels]:
 
 COMPILED = compiled()
 SERVING: list[Kernels] = [*COMPILED, TiledKernels()]
+
+
+def as_multiplied(kernels: Kernels, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x as a linear of `kernels` takes it: some round it to bf16 where it meets a bf16 weight."""
+    rounds = isinstance(kernels, CpuKernels) and kernels.rounds_activations and weight.dtype is torch.bfloat16
+    return x.bfloat16().to(x.dtype) if rounds else x
 
 
 def name_of(value: object) -> str:
