@@ -2,8 +2,8 @@
 
 Greedy, end of sequence ignored, prefix cache off, prompt of 128 tokens. Decode counts wall time from the first
 step in which every row decodes to the last, scheduling and sampling included. The limit is bytes over bandwidth
-or operations over rate, with ceilings measured in this run before and after; when they differ by more than 5 %
-the fractions are marked unstable. The peer is transformers' model with a static batch, best of its trials.
+or operations over rate, with ceilings sampled between the workloads; when they move by more than 5 % the
+fractions are marked unstable. The peer is transformers' model with a static batch, best of its trials.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-from loadtest.bench import _ceilings
+from loadtest.bench._ceilings import CeilingMeter
 from loadtest.bench._engine import Bench, add_model_options, load_worker, shape_of
 from loadtest.bench._peer import find_peer
 from loadtest.bench._report import line, report
@@ -37,14 +37,16 @@ def main(argv: list[str]) -> int:
     worker = load_worker(options, max_num_seqs=max(options.streams), max_model_len=longest, budget=budget)
     shape = shape_of(worker)
     footprint = int(shape.parameters * shape.weight_bytes)
-    before = _ceilings.measure(footprint)
+    meter = CeilingMeter(footprint)
 
     decode: dict[int, list[float]] = {streams: [] for streams in options.streams}
     prefill: dict[int, list[float]] = {length: [] for length in options.prefill}
     for _ in range(options.repeat + 1):  # interleaved; the first is discarded
         for streams in options.streams:
+            meter.sample()
             decode[streams].append(decode_step_s(worker, streams, options.tokens, budget))
         for length in options.prefill:
+            meter.sample()
             prefill[length].append(prefill_s(worker, length, budget))
 
     theirs: dict[str, float] = {}
@@ -56,9 +58,7 @@ def main(argv: list[str]) -> int:
         for length in options.prefill:
             theirs[f"prefill {length}"] = length / min(peer.prefill_s(length) for _ in range(options.peer_repeat))
 
-    after = _ceilings.measure(footprint)
-    ceilings = max(before, after, key=lambda c: c.read_bytes_s)
-    drift = _ceilings.drift(before, after)
+    ceilings, spread = meter.ceilings, meter.spread
     rows, lines = [], []
     common = {
         "shape": Path(worker.settings.model_dir).name,
@@ -71,9 +71,9 @@ def main(argv: list[str]) -> int:
         kept = times[1:]
         median = statistics.median(kept)
         value, limit = tokens / median, tokens / limit_s
-        spread = f"{tokens / max(kept):.1f}–{tokens / min(kept):.1f}"
+        between = f"{tokens / max(kept):.1f}–{tokens / min(kept):.1f}"
         against = theirs.get(name)
-        rows.append([name, f"{value:.1f}", spread, f"{limit:.1f}", f"{value / limit:.0%}"])
+        rows.append([name, f"{value:.1f}", between, f"{limit:.1f}", f"{value / limit:.0%}"])
         rows[-1].append("" if against is None else f"{against:.1f}")
         lines.append(
             line(
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
                 limit=round(limit, 2),
                 fraction=round(value / limit, 3),
                 ceilings=ceilings.as_json(),
-                ceiling_drift=round(drift, 3),
+                ceiling_spread=round(spread, 3),
                 peer=None
                 if peer is None
                 else {"engine": peer.name, "version": peer.version, "value": round(against or 0, 2)},
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
         result(f"decode {streams}", times, streams, decode_time_min(shape, contexts, ceilings))
     for length, times in prefill.items():
         result(f"prefill {length}", times, length, prefill_time_min(shape, length, 0, ceilings))
-    stable = "" if drift <= 0.05 else f"; UNSTABLE: ceilings moved by {drift:.0%} during the run"
+    stable = "" if spread <= 0.05 else f"; UNSTABLE: ceilings moved by {spread:.0%} during the run"
     title = (
         f"{common['shape']} {options.dtype}, {worker.found.kernels}, {worker.found.num_threads} threads; ceilings "
         f"{ceilings.read_bytes_s / 1e9:.1f} GB/s, {ceilings.flops_s / 1e9:.0f} GFLOP/s{stable}"
