@@ -203,7 +203,7 @@ class FrameReader:
 
     def __init__(self, limit: int = MAX_FRAME_BYTES) -> None:
         self._buffer = bytearray()
-        self._limit = limit
+        self.limit = limit
 
     def feed(self, data: bytes) -> Iterable[bytes]:
         """Frame bodies completed by `data`.
@@ -216,8 +216,8 @@ class FrameReader:
         size = len(self._buffer)
         while size - at >= HEADER.size:
             (length,) = HEADER.unpack_from(self._buffer, at)
-            if length > self._limit:
-                raise WireError(f"frame of {length} bytes exceeds the limit of {self._limit}")
+            if length > self.limit:
+                raise WireError(f"frame of {length} bytes exceeds the limit of {self.limit}")
             end = at + HEADER.size + length
             if end > size:
                 break

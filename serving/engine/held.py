@@ -30,7 +30,8 @@ class HeldRow:
     tokens: array[int] = dataclasses.field(default_factory=lambda: array("I"))
     logprobs: dict[int, bytes] = dataclasses.field(default_factory=dict)  # by index into tokens
     finished: tuple[int, int] | None = None  # (FinishReason, stop id or -1)
-    num_bytes: int = 0
+    num_bytes: int = 1024  # an empty row's, roughly
+    is_moving: bool = False  # on its way to another connection
 
 
 class HeldRows:
@@ -46,6 +47,7 @@ class HeldRows:
 
     def hold(self, row: HeldRow) -> None:
         self._rows[row.key] = row
+        self._num_bytes += row.num_bytes
 
     def keep(self, output: StepOutput, until_s: float) -> None:
         """Note the outputs of keyed rows, read or not; a row that is over is held `until_s`."""
@@ -61,6 +63,8 @@ class HeldRows:
             if row is not None:
                 row.finished = (int(reason), stop_id)
                 row.until_s = until_s
+        for key in output.failed:
+            self.take(key)
 
     def _append(self, row: HeldRow, token: int, logprobs: bytes | None) -> None:
         if logprobs is not None:

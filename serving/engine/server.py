@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from serving import wire
@@ -25,12 +25,14 @@ from serving.engine.card import build_card, read_asset
 from serving.engine.connection import Connection
 from serving.engine.core import EngineCore
 from serving.engine.executor import LocalExecutor
-from serving.engine.held import HOLD_S, HeldRow, HeldRows
+from serving.engine.handover import Handover
+from serving.engine.held import HeldRows
 from serving.engine.output import StepOutput
+from serving.engine.permits import Permits
 from serving.engine.request import Request
 from serving.engine.scheduler import Scheduler
-from serving.engine.translate import asset_pieces, held_step, to_request, to_step
-from serving.engine.watchdog import end_if_stalled
+from serving.engine.translate import asset_pieces, to_request, to_step
+from serving.engine.watchdog import disarm, end_if_stalled
 from serving.engine.worker import Found, Worker
 from serving.errors import ArgosyError, EngineError
 from serving.types import ModelCard, RankState
@@ -77,14 +79,14 @@ class ReplicaServer:
         self._connections: dict[int, Connection] = {}
         self._accepted: weakref.WeakSet[Connection] = weakref.WeakSet()  # strangers before the handshake, too
         self._num_connections = 0
-        self._held = HeldRows()
+        self._permits = Permits(settings.max_num_seqs)
         self._beat_seq = 0
         self._is_closing = False
 
     # --- life -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Load the model and open for gateways. Raises ModelLoadError."""
+        """Load the model and open for gateways. Raises ModelLoadError, or OSError when it cannot listen."""
         worker = Worker(self.settings, on_phase=self._on_phase)
         found = self._found = worker.found
         self._card = build_card(self.settings, worker)
@@ -103,11 +105,13 @@ class ReplicaServer:
             on_failure=self._fail,
             async_depth=self.settings.async_depth,
         )
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, name="replica-server", daemon=True)
+        self._handover = Handover(self._core, self._post, self._connections, HeldRows())
         self._state = "ready"
         self._core.start()
+        opened: Future[None] = Future()
+        self._thread = threading.Thread(target=self._serve, args=(opened,), name="replica-server", daemon=True)
         self._thread.start()
+        opened.result()
 
     def close(self) -> None:
         """End both threads and every connection."""
@@ -117,6 +121,8 @@ class ReplicaServer:
         if self._loop is not None and self._thread is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(5.0)
+        if self._exits_on_failure:
+            disarm()
         self._socket.close()
         if self.address.startswith("unix:"):
             address.unlink(self.address)
@@ -125,7 +131,7 @@ class ReplicaServer:
         """Take no new work, say so, and wait until the rows are gone (C19a)."""
         self._state = "draining"
         deadline = time.monotonic() + timeout_s
-        while self._num_outstanding() and time.monotonic() < deadline:
+        while self._num_outstanding() > 0 and time.monotonic() < deadline:
             time.sleep(0.05)
 
     @property
@@ -163,19 +169,28 @@ class ReplicaServer:
 
     # --- the server's loop ----------------------------------------------------------------------
 
-    def _serve(self) -> None:
-        loop = self._loop
-        assert loop is not None
-        asyncio.set_event_loop(loop)
-        server = loop.run_until_complete(self._open())
-        beats = loop.create_task(self._forever(self._beat, BEAT_INTERVAL_S))
-        loop.run_forever()
+    def _serve(self, opened: Future[None]) -> None:
+        with asyncio.Runner() as runner:
+            self._loop = loop = runner.get_loop()
+            try:
+                server = runner.run(self._open())
+            except OSError as error:
+                opened.set_exception(error)
+                return
+            beats = loop.create_task(self._forever(self._beat, BEAT_INTERVAL_S))
+            opened.set_result(None)
+            loop.run_forever()
+            beats.cancel()
+            runner.run(self._shut(server))
+
+    async def _shut(self, server: asyncio.Server) -> None:
+        # A connection that is being accepted while its server closes would keep its socket for ever
+        # (asyncio's `_attach` asserts an open server): no new ones, then those, then the server.
+        asyncio.get_running_loop().remove_reader(self._socket)
+        await asyncio.sleep(0.01)
         server.close()
-        beats.cancel()
-        for _ in range(2):  # the second time those that were just being accepted
-            self._close_connections()
-            loop.run_until_complete(asyncio.sleep(0.01))
-        loop.close()
+        self._close_connections()
+        await asyncio.sleep(0.01)
 
     async def _open(self) -> asyncio.Server:
         loop = asyncio.get_running_loop()
@@ -192,13 +207,20 @@ class ReplicaServer:
 
     async def _forever(self, function: Callable[[], None], interval_s: float) -> None:
         while True:
-            function()
+            self._guarded(function)
             await asyncio.sleep(interval_s)
 
     def _post(self, function: Callable[..., None], *args: Any) -> None:
         """Run in the server's loop; called by other threads."""
         if self._loop is not None and not self._is_closing:
-            self._loop.call_soon_threadsafe(function, *args)
+            self._loop.call_soon_threadsafe(self._guarded, function, *args)
+
+    def _guarded(self, function: Callable[..., None], *args: Any) -> None:
+        """A beat or an output that is lost to an error ends the replica: half of one must not live on."""
+        try:
+            function(*args)
+        except Exception as failure:
+            self._fail(failure)
 
     # --- connections ----------------------------------------------------------------------------
 
@@ -209,12 +231,11 @@ class ReplicaServer:
     def closed(self, connection: Connection) -> None:
         """Its rows have nobody to write to: keyed ones are held, the others end after a grace."""
         del self._connections[connection.number]
-        now = time.monotonic()
         orphans = []
         for handle, submit in connection.live.items():
             key = (connection.number, handle)
             if submit.is_keyed:
-                self._held.orphan(key, now + HOLD_S)
+                self._handover.orphan(key)
             else:
                 orphans.append(key)
         if orphans and self._loop is not None:
@@ -226,10 +247,10 @@ class ReplicaServer:
         elif isinstance(message, wire.Cancel):
             for handle in message.handles:
                 connection.live.pop(handle, None)
-                self._held.take((connection.number, handle))
+                self._handover.forget((connection.number, handle))
             self._cancel_keys([(connection.number, handle) for handle in message.handles])
         elif isinstance(message, wire.Find):
-            self._find(connection, message)
+            self._handover.find(connection, message)
         elif isinstance(message, wire.AssetRequest):
             self._send_asset(connection, message.name)
         else:
@@ -243,16 +264,19 @@ class ReplicaServer:
         if self._state != "ready":
             connection.send(wire.Reject(submit.handle, "draining", "the replica takes no new work"))
             return
+        if self._permits.is_overfull(self._num_outstanding()):
+            connection.send(wire.Reject(submit.handle, "overfull", "too many rows wait already"))
+            return
         if submit.handle in connection.live:
             raise wire.WireError(f"handle {submit.handle} is in use")
+        hashes_blocks = self.settings.enable_prefix_cache
         try:
-            request = to_request(submit, connection.number, self.card)
+            request = to_request(submit, connection.number, self.card, hashes_blocks=hashes_blocks)
         except ArgosyError as error:
             self._reject(connection, submit.handle, error)
             return
         connection.live[submit.handle] = submit
-        if submit.is_keyed:
-            self._held.hold(HeldRow(request.key, submit, first_position=len(submit.resume_ids) // 4))
+        self._handover.submitted(request.key, submit)
         self.core.call(lambda: self._add(connection, request))
 
     def _add(self, connection: Connection, request: Request) -> None:
@@ -264,6 +288,7 @@ class ReplicaServer:
 
     def _reject(self, connection: Connection, handle: int, error: ArgosyError) -> None:
         connection.live.pop(handle, None)
+        self._handover.forget((connection.number, handle))
         connection.send(wire.Reject(handle, error.error_code, error.message, error.param))
 
     def _cancel_keys(self, keys: list[tuple[int, int]]) -> None:
@@ -273,37 +298,11 @@ class ReplicaServer:
 
         self.core.call(cancel)
 
-    def _find(self, connection: Connection, find: wire.Find) -> None:
-        held = self._held.find(find.request_id, find.choice)
-        if held is None or find.position < held.first_position:
-            connection.send(wire.Reject(find.handle, "not_found", "no such row is held"))
-            return
-        new_key = (connection.number, find.handle)
-
-        def rebind() -> None:
-            # Outputs emitted before this are posted before `attach`, outputs after it carry the new key.
-            self.core.scheduler.rebind(held.key, new_key)
-            self._post(self._attach, connection, find, held.key)
-
-        self.core.call(rebind)
-
-    def _attach(self, connection: Connection, find: wire.Find, key: tuple[int, int]) -> None:
-        held = self._held.take(key)
-        if held is None or not connection.is_open:
-            self._cancel_keys([(connection.number, find.handle)])
-            return
-        if held.finished is None:
-            connection.live[find.handle] = held.submit
-            held.key = (connection.number, find.handle)
-            held.until_s = math.inf
-            self._held.hold(held)
-        connection.send(held_step(held, find, self.core.num_steps, connection.granted))
-
     def _send_asset(self, connection: Connection, name: str) -> None:
         if name not in self.card.assets:
             raise wire.WireError("an asset that the card does not name")
-        for piece in asset_pieces(name, self.card.assets[name], read_asset(self.settings.model_dir, name)):
-            connection.send(piece)
+        data = read_asset(self.settings.model_dir, name)
+        connection.send_behind(asset_pieces(name, self.card.assets[name], data))
 
     # --- outputs --------------------------------------------------------------------------------
 
@@ -317,7 +316,7 @@ class ReplicaServer:
             connection = self._connections.get(number)
             if connection is not None:
                 self._send_step(connection, output)
-        self._held.keep(output, time.monotonic() + HOLD_S)
+        self._handover.keep(output)
         if output.finished or output.failed:
             for connection in self._connections.values():
                 self._grant(connection)
@@ -336,19 +335,16 @@ class ReplicaServer:
     # --- permits and beats ----------------------------------------------------------------------
 
     def _num_outstanding(self) -> int:
-        return sum(len(connection.live) for connection in list(self._connections.values()))
+        """Rows here: those that a connection reads, or those that the scheduler still has (orphans)."""
+        scheduler = self.core.scheduler
+        num_live = sum(len(connection.live) for connection in list(self._connections.values()))
+        return max(num_live, scheduler.num_running + scheduler.num_waiting)
 
     def _grant(self, connection: Connection) -> None:
-        """Let the connection submit up to its share of what is free; never take a permit back.
-
-        Rows may wait here (half a batch of them), so that a slot that becomes free is filled in the
-        next step; everything else waits in the gateways, where binding is late.
-        """
+        """Let the connection submit up to its share of what is free; never take a permit back."""
         if self._state != "ready":
             return
-        capacity = self.settings.max_num_seqs + max(1, self.settings.max_num_seqs // 2)
-        free = capacity - self._num_outstanding()
-        share = max(1, math.ceil(free / len(self._connections))) if free > 0 else 0
+        share = self._permits.share(self._num_outstanding(), len(self._connections))
         connection.granted = max(connection.granted, connection.num_submitted + share)
 
     def _beat(self) -> None:
@@ -358,9 +354,7 @@ class ReplicaServer:
             end_if_stalled(core.step_age_s)
         for connection in list(self._connections.values()):
             self._send_beat(connection)
-        expired = self._held.expire(time.monotonic())
-        if expired:
-            self._cancel_keys([row.key for row in expired])
+        self._handover.expire()
 
     def _send_beat(self, connection: Connection) -> None:
         core, pool = self.core, self.core.scheduler.pool
