@@ -17,13 +17,14 @@ def bind(address: str) -> tuple[socket.socket, str]:
     Raises SettingsError.
     """
     kind, _, rest = address.partition(":")
-    if kind == "unix":
+    if kind == "unix" and rest:
         return _bind_unix(rest), address
     if kind == "tcp":
         host, _, ports = rest.rpartition(":")
         first, _, last = ports.partition("-")
-        if host and first.isdigit() and (last or first).isdigit():
-            return _bind_tcp(host, int(first), int(last or first))
+        last = last or first
+        if host and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 1 << 16:
+            return _bind_tcp(host, int(first), int(last))
     raise SettingsError(f"listen address must be unix:<path> or tcp:<host>:<port>[-<last port>], got {address!r}")
 
 
@@ -34,9 +35,13 @@ def unlink(address: str) -> None:
 
 
 def _bind_unix(path: str) -> socket.socket:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        if probe.connect_ex(path) == 0:
-            raise SettingsError(f"another process listens on {path}")
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            is_taken = probe.connect_ex(path) == 0
+    except OSError as error:  # a path that is too long
+        raise SettingsError(f"cannot listen on {path}: {error}") from error
+    if is_taken:
+        raise SettingsError(f"another process listens on {path}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         unlink(path)

@@ -69,6 +69,10 @@ class EngineCore:
         self._wake.set()
 
     @property
+    def has_steps_in_flight(self) -> bool:
+        return bool(self._in_flight)
+
+    @property
     def step_age_s(self) -> float:
         """How long the present turn of the loop has taken; 0 when it rests."""
         started = self.step_started_s
@@ -79,7 +83,7 @@ class EngineCore:
             while not self._is_stopping:
                 self.step_started_s = self._clock()
                 self._take_calls()
-                if self.scheduler.has_work or self._in_flight:
+                if self.scheduler.has_work or self.has_steps_in_flight:
                     self.step()
                 else:
                     self._rest()

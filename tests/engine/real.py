@@ -51,6 +51,7 @@ class Engine:
         budget: int = 256,
         max_num_seqs: int = 32,
         enable_prefix_cache: bool = True,
+        async_depth: int = 0,
     ) -> None:
         self.worker = worker
         self.scheduler = Scheduler(
@@ -61,7 +62,13 @@ class Engine:
             block_size=16,
             enable_prefix_cache=enable_prefix_cache,
         )
-        self.core = EngineCore(self.scheduler, LocalExecutor(worker), on_output=self._read, on_failure=self._fail)
+        self.core = EngineCore(
+            self.scheduler,
+            LocalExecutor(worker),
+            on_output=self._read,
+            on_failure=self._fail,
+            async_depth=async_depth,
+        )
         self.seen: dict[int, Transcript] = {}
         self.requests: dict[int, Request] = {}
 
@@ -84,7 +91,7 @@ class Engine:
         self.scheduler.add(request)
 
     def run(self) -> None:
-        while self.scheduler.has_work:
+        while self.scheduler.has_work or self.core.has_steps_in_flight:
             self.core.step()
             self.scheduler.check()
         assert self.scheduler.pool.num_owned == 0

@@ -55,6 +55,11 @@ def test_alone_is_as_in_a_batch_of_32(worker: Worker, jobs: list[Job], undisturb
     assert_same(run_together(Engine(worker, enable_prefix_cache=False), jobs), undisturbed)
 
 
+def test_a_step_in_flight_changes_nothing(worker: Worker, jobs: list[Job], undisturbed: list[object]) -> None:
+    """The loop submits a step before it has read the one before (C5); stops are learnt a step late."""
+    assert_same(run_together(Engine(worker, async_depth=1, budget=64), jobs), undisturbed)
+
+
 @pytest.mark.parametrize("budget", [32, 33, 47, 64, 111])
 def test_chunking_changes_nothing(worker: Worker, jobs: list[Job], undisturbed: list[object], budget: int) -> None:
     assert_same(run_together(Engine(worker, budget=budget), jobs), undisturbed)

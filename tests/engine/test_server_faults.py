@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -282,12 +283,23 @@ def test_a_replica_that_cannot_listen_does_not_call_itself_started(
 
 def test_connections_that_arrive_while_it_closes_leak_no_socket(folder: Path, tmp_path: Path) -> None:
     """asyncio forgets a socket whose server closes between its acceptance and its transport."""
+    is_over = threading.Event()
+
+    def storm() -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as stranger:
+                stranger.settimeout(0.2)
+                stranger.connect(f"{tmp_path}/s")
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(3):
-            with contextlib.ExitStack() as stack, running(folder, tmp_path) as server:
-                for _ in range(40):
-                    stranger = stack.enter_context(socket.socket(socket.AF_UNIX))
-                    stranger.connect(server.address.removeprefix("unix:"))
+        with running(folder, tmp_path):
+            threads = [threading.Thread(target=storm) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.1)
+        is_over.set()
+        for thread in threads:
+            thread.join()
         gc.collect()
     assert [str(warning.message) for warning in caught if warning.category is ResourceWarning] == []
