@@ -90,6 +90,28 @@ def test_activations_are_rounded_to_nearest_even(kernels: CpuKernels) -> None:
 
 
 @each_compiled
+def test_denormals(kernels: CpuKernels) -> None:
+    """The bf16 dot product takes them for zero, whatever the modes of the thread; an FMA does not."""
+    x, weight = torch.tensor([[1e-40, 2.0**-100]]), torch.tensor([[2.0**100, 1.0], [0.0, 2.0**-40]])
+    got = kernels.linear(x, kernels.pack(weight.bfloat16())).flatten()
+    exact = (x.double() @ weight.double().T).flatten()
+    if kernels.rounds_activations:
+        exact = torch.tensor([2.0**-100, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(got.double(), exact, atol=0, rtol=1e-6)
+
+
+@each_compiled
+def test_packed_weights_lie_apart_on_cache_lines(kernels: CpuKernels) -> None:
+    """They share chunks of 32 MiB, or have one of their own; some shapes leave odd remainders."""
+    shapes = [(1, 1), (33, 7), (4096, 3000), (4096, 3000), (5000, 4000), (33, 7), (1, 3)]
+    packed = [kernels.pack(torch.full(shape, float(i)).bfloat16()) for i, shape in enumerate(shapes)]
+    assert all(weight.data.data_ptr() % 64 == 0 for weight in packed)
+    for i, weight in enumerate(packed):
+        used = weight.data.float().sum().item()
+        assert used == i * shapes[i][0] * shapes[i][1], "overwritten by a neighbour"
+
+
+@each_compiled
 def test_a_chain_runs_in_the_order_of_k(kernels: CpuKernels) -> None:
     """2^24 + 1 + ... + 1 - 2^24: each 1 is lost after 2^24 and kept before it. The last two are one pair."""
     ones = [1.0] * 100
