@@ -25,7 +25,8 @@ import numpy.typing as npt
 Features = npt.NDArray[np.float64]
 
 FIRST_PREFILL_TOKENS = 32
-"""Tokens of prompts in a step before any such step has been seen: on a slow machine they must be few."""
+"""Tokens of prompts in a replica's first step: on a slow machine they must be few."""
+UNLIMITED = 1 << 30
 MAX_ANNOUNCED_S = 0.5
 """No step is planned to last longer (C13), nor a larger prefill tried on the strength of one that did."""
 
@@ -49,8 +50,10 @@ def features(num_tokens: npt.NDArray[np.int32], contexts: npt.NDArray[np.int32])
 class StepCostModel:
     """Predicts step durations in seconds. Until it has seen enough steps it announces `initial_s`."""
 
-    def __init__(self, initial_s: float = 0.25) -> None:
+    def __init__(self, initial_s: float = 0.25, first_prefill: int = UNLIMITED) -> None:
+        """first_prefill: tokens of prompts in a step before any such step has been observed."""
         self._initial_s = initial_s
+        self._first_prefill = first_prefill
         self._weights = np.zeros(len(_SCALE))
         # Normal equations: information @ weights = evidence.
         self._information = np.eye(len(_SCALE)) * 1e-3
@@ -85,7 +88,7 @@ class StepCostModel:
 
         Never more than four times what has been seen to fit: a fit does not extrapolate further.
         """
-        tried = max(FIRST_PREFILL_TOKENS, 4 * self._largest_prefill)
+        tried = max(self._first_prefill, 4 * self._largest_prefill)
         if not self.is_fitted:
             return tried
         per_token = float(self._weights[1] * _SCALE[1] + self._weights[2] * _SCALE[2] * context)

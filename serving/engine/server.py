@@ -24,6 +24,7 @@ from serving.engine import address
 from serving.engine.card import build_card, read_asset
 from serving.engine.connection import Connection
 from serving.engine.core import EngineCore
+from serving.engine.cost import FIRST_PREFILL_TOKENS, StepCostModel
 from serving.engine.executor import LocalExecutor
 from serving.engine.handover import Handover
 from serving.engine.held import HeldRows
@@ -97,6 +98,7 @@ class ReplicaServer:
             num_blocks=found.num_blocks,
             block_size=self.settings.block_size,
             enable_prefix_cache=self.settings.enable_prefix_cache,
+            cost_model=StepCostModel(first_prefill=FIRST_PREFILL_TOKENS),
         )
         self._core = EngineCore(
             scheduler,

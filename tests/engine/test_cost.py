@@ -14,7 +14,7 @@ class Machine:
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
-        self.model = StepCostModel()
+        self.model = StepCostModel(first_prefill=FIRST_PREFILL_TOKENS)
         self.slowness = 1.0
 
     def step(self, num_rows: int, prefill: int = 0) -> tuple[np.ndarray, float]:
@@ -98,7 +98,7 @@ def test_whatever_it_is_told_it_never_promises_nonsense(seed: int) -> None:
 
 def test_prompts_grow_by_steps_that_were_seen_to_be_short() -> None:
     """A slow machine must not stall, and be killed for it, in its first step."""
-    model = StepCostModel()
+    model = StepCostModel(first_prefill=FIRST_PREFILL_TOKENS)
     nobody = np.zeros(0, np.int32)
     assert model.prefill_allowance(nobody, 1000, 0.5) == FIRST_PREFILL_TOKENS
     model.observe(features(np.array([32], np.int32), np.array([32], np.int32)), 3.0)
