@@ -46,7 +46,7 @@ class Transport:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.buffer = b""
+        self.buffer = bytearray()
         self.most_buffered = 0
         self.is_aborted = False
         connection.connection_made(self)  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ class Transport:
         messages: list[wire.FromReplica] = []
         reader = wire.FrameReader()
         while self.buffer:
-            data, self.buffer = self.buffer, b""
+            data, self.buffer = bytes(self.buffer), bytearray()
             messages += [wire.decode_from_replica(body) for body in reader.feed(data)]
             self.connection.resume_writing()
         return messages
