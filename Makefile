@@ -22,7 +22,7 @@ check: .venv/.installed-dev
 	$(BIN)/mypy --strict serving models
 
 bench: .venv/.installed-dev
-	@exec $(BIN)/argosy bench $(ARGS)
+	@exec $(BIN)/argosy bench $(or $(ARGS),all)
 
 .venv/bin/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
