@@ -138,6 +138,7 @@ class EventRendering(Rendering):
         "_close_plain",
         "_entries",
         "_extras",
+        "_has_told",
         "_is_first",
         "_is_plain",
         "_open_plain",
@@ -151,6 +152,7 @@ class EventRendering(Rendering):
         self._extras = extras
         self._entries: list[TokenEntry] = []  # tokens that no event has reported
         self._is_first = True
+        self._has_told = False  # that the stream moved and may differ from here on
         self._stop_reason_null = b',"stop_reason":null' if shape.has_stop_reason else b""
         self._open_plain = b"data: " + shape.head + shape.text_open
         self._close_plain = (
@@ -162,6 +164,13 @@ class EventRendering(Rendering):
             + b"}\n\n"
         )
         self._is_plain = not self.keeps_entries and extras.usage is None
+
+    def drain(self, max_bytes: int) -> bytes:
+        data = super().drain(max_bytes)
+        if data and not self._has_told and self.is_inexact:
+            self._has_told = True
+            return b": resumed approximate\n" + data
+        return data
 
     def feed(self, token_id: int, logprobs: bytes | None) -> bytes:
         continuation = self.continuation

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from serving import config
+from tests.e2e.promises import Promises
 from tests.e2e.service import Service, kill_in_the_middle, serving
 
 pytestmark = pytest.mark.ray
@@ -55,6 +56,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             assert time.monotonic() < deadline, service.replicas()
             time.sleep(0.1)
         yield service
+
+
+class TestPromises(Promises):
+    model = MODEL
+    max_model_len = 2048
 
 
 def test_two_replicas_serve(service: Service) -> None:

@@ -220,12 +220,16 @@ def test_rendering_stops_at_its_budget_and_goes_on_where_it_stopped() -> None:
     assert b"".join(pieces) == whole
 
 
-def test_an_approximate_stream_that_moved_says_so_at_its_end() -> None:
+def test_an_approximate_stream_that_moved_says_so_once_in_a_comment_and_at_its_end() -> None:
     rendering = make_rendering(max_tokens=2)
     rendering.choice.request.card = msgspec.structs.replace(CARD, determinism="approximate")
     rendering.choice.num_resumes = 1
-    grow(rendering, ids_of("ab"))
-    first, last = payloads(rendering.drain(1 << 20).decode())
+    grow(rendering, ids_of("a"))
+    text = rendering.drain(1 << 20).decode()
+    grow(rendering, ids_of("b"))
+    text += rendering.drain(1 << 20).decode()
+    assert text.startswith(": resumed approximate\ndata: ") and text.count(": resumed") == 1
+    first, last = payloads(text)
     assert "resumed" not in first
     assert last["choices"][0]["resumed"] == "approximate"
 
