@@ -93,6 +93,7 @@ def served_models(client: httpx.Client, url: str) -> list[str]:
 def main(url: str, model: str | None, system: str | None) -> int:
     """Chat until end of input. Returns the exit code."""
     console = Console(highlight=False, soft_wrap=True)
+    url = url.rstrip("/").removesuffix("/v1")  # as the ready line and OpenAI's clients have it
     try:
         with httpx.Client(base_url=url, timeout=TIMEOUT, trust_env=False) as client:
             models = served_models(client, url)

@@ -23,6 +23,7 @@ logger = logging.getLogger("argosy.gateway")
 MIN_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
 MAX_START_BACKOFF_S = 0.25
+MAX_LOCAL_BACKOFF_S = 0.25  # a dial on this host costs nothing, and streams may be waiting for its replica
 """… of the directory until it has answered for the first time: everybody waits for that."""
 QUIET_S = 10.0
 """While a service starts, its parts do not find each other yet: failures of this time are no news."""
@@ -132,7 +133,8 @@ class Membership:
     # --- one endpoint -----------------------------------------------------------------------------
 
     async def _keep(self, replica: Replica) -> None:
-        backoff = Backoff(MIN_BACKOFF_S, MAX_BACKOFF_S)
+        is_local = replica.endpoint.startswith("unix:")
+        backoff = Backoff(MIN_BACKOFF_S, MAX_LOCAL_BACKOFF_S if is_local else MAX_BACKOFF_S)
         quarantine = Backoff(MIN_QUARANTINE_S, MAX_QUARANTINE_S)
         complaint = Complaint(self._clock)
         num_failed = 0

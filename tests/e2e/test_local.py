@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,9 +49,6 @@ def test_the_same_request_gives_the_same_bytes_alone_and_in_company(service: Ser
 
 
 def test_a_port_that_is_taken_is_named(service: Service, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-m", "serving.cli", "serve", "--runtime", "local", "--port", str(service.port)],
         capture_output=True,
@@ -59,3 +58,17 @@ def test_a_port_that_is_taken_is_named(service: Service, tmp_path: Path) -> None
     )
     assert done.returncode == 2
     assert str(service.port) in done.stderr and "--port" in done.stderr
+
+
+def test_a_terminal_chat_against_the_service(service: Service) -> None:
+    for url in (service.url, service.url + "/v1"):
+        done = subprocess.run(
+            [sys.executable, "-m", "serving.cli", "chat", "--url", url],
+            input="hello\nand again\n",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert MODEL in done.stdout
