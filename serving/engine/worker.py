@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from models.config import ModelConfig, ModelError
@@ -164,6 +165,7 @@ def fingerprint(weights: str, settings: EngineSettings, kernels: str) -> str:
         _SAMPLING_METHOD,
         kernels,
         torch.__version__,
-        f"{settings.device}-{platform.machine()}",
+        f"numpy{np.__version__}",  # its exponentials enter sampling, and differ by version and ISA level
+        f"{settings.device}-{platform.machine()}-{device_facts(settings.device).isa}",
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
