@@ -8,9 +8,6 @@ from models.config import ModelConfig
 from models.ops.kernels import Kernels, LayerKV
 from models.parallel import Group, Stages
 
-PADDING_BLOCK = 0
-"""Rows that only pad a batch write here; no request ever owns it."""
-
 
 class KVCache:
     """This rank's share: the KV heads of its group rank in the layers of its stage.

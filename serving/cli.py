@@ -10,7 +10,6 @@ import typer
 
 from serving.errors import SettingsError
 
-EXIT_FAILED = 1
 EXIT_USAGE = 2
 
 app = typer.Typer(

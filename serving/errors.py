@@ -109,6 +109,24 @@ class PayloadTooLarge(ArgosyError):
     code = "payload_too_large"
 
 
+class UrlTooLong(ArgosyError):
+    status = 414
+    type = "invalid_request_error"
+    code = "url_too_long"
+
+
+class HeadersTooLarge(ArgosyError):
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
+
+
+class MalformedRequest(InvalidRequest):
+    """Not HTTP/1.1 as a server may safely read it."""
+
+    code = "malformed_http"
+
+
 class UnsupportedMediaType(ArgosyError):
     status = 415
     type = "invalid_request_error"

@@ -197,22 +197,6 @@ PyObject* py_gather_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
   });
 }
 
-PyObject* py_argmax_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments args(values, count);
-  auto* x = args.pointer<const float>();
-  auto* out = args.pointer<int32_t>();
-  int64_t rows = args.integer(), n = args.integer();
-  return launch(args, [&] { argmax_rows(x, out, rows, n); });
-}
-
-PyObject* py_logsumexp_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments args(values, count);
-  auto* x = args.pointer<const float>();
-  auto* out = args.pointer<float>();
-  int64_t rows = args.integer(), n = args.integer();
-  return launch(args, [&] { logsumexp_rows(x, out, rows, n); });
-}
-
 PyObject* py_rope_store(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments args(values, count);
   RopeStore a;
@@ -253,9 +237,8 @@ PyObject* py_attention(PyObject*, PyObject* const* values, Py_ssize_t count) {
 #define METHOD(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_##name)), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
     METHOD(set_num_threads), METHOD(num_threads), METHOD(pack),        METHOD(linear),
-    METHOD(rms_norm),        METHOD(silu_mul),    METHOD(gather_rows), METHOD(argmax_rows),
-    METHOD(logsumexp_rows),  METHOD(rope_store),  METHOD(attention),   METHOD(variants),
-    METHOD(advise_huge),     METHOD(has_dot),
+    METHOD(rms_norm),        METHOD(silu_mul),    METHOD(gather_rows), METHOD(rope_store),
+    METHOD(attention),       METHOD(variants),    METHOD(advise_huge), METHOD(has_dot),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,4 +1,4 @@
-// Kernels that treat every row alone: norms, activations, gathers, reductions over the vocabulary.
+// Kernels that treat every row alone: norms, activations, gathers.
 #pragma once
 
 #include <cmath>
@@ -100,55 +100,6 @@ inline void gather_rows(const void* table, int format, const int32_t* ids, float
     for_vectors(n, [&](int64_t i, int64_t count) {
       store_n(out + row * n + i, load_as_float(from, format, i, count), count);
     });
-  });
-}
-
-INLINE float max_of_row(const float* x, int64_t n) {
-  const float lowest = -INFINITY;
-  vf best[4] = {splat(lowest), splat(lowest), splat(lowest), splat(lowest)};
-  int64_t i = 0;
-  for (; i + 4 * VL <= n; i += 4 * VL)
-    for (int j = 0; j < 4; j++) {
-      vf v = load<vf>(x + i + j * VL);
-      best[j] = select(v > best[j], v, best[j]);  // a NaN never wins
-    }
-  for (; i < n; i += VL) {
-    vf v = load_n(x + i, n - i < VL ? n - i : VL, lowest);
-    best[0] = select(v > best[0], v, best[0]);
-  }
-  return max_of(vmax(vmax(best[0], best[1]), vmax(best[2], best[3])));
-}
-
-// The lowest index of the greatest value; NaN never wins, 0 if nothing does.
-inline void argmax_rows(const float* x, int32_t* out, int64_t rows, int64_t n) {
-  for_rows(rows, n, [&](int64_t row) {
-    const float* from = x + row * n;
-    const float best = max_of_row(from, n);
-    const vf wanted = splat(best);
-    int64_t i = 0;
-    for (; i + VL <= n; i += VL) {
-      vi equal = load<vf>(from + i) == wanted;
-      bool found = false;
-      for (int j = 0; j < VL; j++) found |= equal[j] != 0;
-      if (found) break;
-    }
-    while (i < n && from[i] != best) i++;
-    out[row] = i < n ? int32_t(i) : 0;
-  });
-}
-
-inline void logsumexp_rows(const float* x, float* out, int64_t rows, int64_t n) {
-  for_rows(rows, 4 * n, [&](int64_t row) {
-    const float* from = x + row * n;
-    const float best = max_of_row(from, n);
-    const vf shift = splat(best == -INFINITY ? 0.0f : best);
-    vf sum[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * VL <= n; i += 4 * VL)
-      for (int j = 0; j < 4; j++) sum[j] += vexp(load<vf>(from + i + j * VL) - shift);
-    for (int j = 0; i < n; i += VL, j++)
-      sum[j] += vexp(load_n(from + i, n - i < VL ? n - i : VL, -INFINITY) - shift);
-    out[row] = shift[0] + float(std::log(double(sum_of((sum[0] + sum[1]) + (sum[2] + sum[3])))));
   });
 }
 

@@ -19,7 +19,14 @@ from typing import Any, ClassVar, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from serving.errors import ArgosyError, InvalidRequest, PayloadTooLarge, RequestTimeout
+from serving.errors import (
+    ArgosyError,
+    HeadersTooLarge,
+    MalformedRequest,
+    PayloadTooLarge,
+    RequestTimeout,
+    UrlTooLong,
+)
 from serving.gateway.faults import error_json
 
 MAX_HEADER_BYTES = 16 << 10
@@ -33,22 +40,6 @@ LINGER_S = 1.0  # how long a refused client may go on sending into the void
 FLUSH_S = 60.0  # how long a client may take to read a reply that is complete
 UNSENT_BYTES = 48 << 10  # writing pauses above this; one rendered piece may follow it
 _TCP_NOTSENT_LOWAT = 25
-
-
-class HeadersTooLarge(ArgosyError):
-    status = 431
-    type = "invalid_request_error"
-    code = "headers_too_large"
-
-
-class UrlTooLong(ArgosyError):
-    status = 414
-    type = "invalid_request_error"
-    code = "url_too_long"
-
-
-class MalformedRequest(InvalidRequest):
-    code = "malformed_http"
 
 
 class BoundedProtocol(HttpToolsProtocol):

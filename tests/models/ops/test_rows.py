@@ -1,13 +1,10 @@
-"""Norms, activations, rotary positions, gathers and reductions over logits: one row never sees another."""
+"""Norms, activations, rotary positions and gathers: one row never sees another."""
 
 from __future__ import annotations
-
-import importlib
 
 import pytest
 import torch
 
-from models.ops import rows
 from models.ops.cpu import CpuKernels
 from models.ops.kernels import Kernels
 from tests.models.ops.world import COMPILED, ORACLE, SERVING, int32, name_of, same_bits
@@ -106,44 +103,3 @@ def test_gather_rows(kernels: CpuKernels, width: int) -> None:
         assert torch.equal(kernels.gather_rows(t, ids), t[ids.long()].float())
     with pytest.raises(ValueError, match=r"token id must be in 0\.\.49; got 50 at index 1"):
         kernels.gather_rows(table, int32([0, 50]))
-
-
-@pytest.fixture(params=[*COMPILED, None], ids=lambda k: k.name if k else "torch")
-def reductions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """rows.* over each extension, and without any."""
-    extension = None if request.param is None else importlib.import_module(request.param.extension.__name__)
-    monkeypatch.setattr(rows, "load_extension", lambda: extension)
-
-
-@pytest.mark.usefixtures("reductions")
-class TestReductions:
-    @pytest.mark.parametrize("width", [1, 3, 17, 63, 64, 130, 49152])
-    def test_against_torch(self, width: int) -> None:
-        logits = randn(9, width) * 10
-        assert rows.argmax_rows(logits).tolist() == logits.argmax(-1).tolist()
-        got = rows.logsumexp_rows(logits)
-        torch.testing.assert_close(got.double(), logits.double().logsumexp(-1), atol=1e-5, rtol=1e-6)
-        for row in (0, 8):
-            assert same_bits(rows.logsumexp_rows(logits[row : row + 1])[0], got[row])
-
-    def test_the_lowest_index_wins_a_tie(self) -> None:
-        logits = torch.zeros(4, 200)
-        logits[0, [150, 37, 190]] = 5.0
-        logits[1, :] = -torch.inf
-        logits[2, 199] = 1.0
-        logits[3, [63, 64]] = torch.inf
-        assert rows.argmax_rows(logits).tolist() == [37, 0, 199, 63]
-
-    def test_masked_tokens_add_nothing(self) -> None:
-        logits = torch.full((2, 100), -torch.inf)
-        logits[0, 40] = 3.0
-        assert rows.logsumexp_rows(logits).tolist() == [3.0, -torch.inf]
-
-    def test_other_types_and_layouts_work_too(self) -> None:
-        logits = randn(30, 4).T.double()
-        assert rows.argmax_rows(logits).tolist() == logits.argmax(-1).tolist()
-        torch.testing.assert_close(rows.logsumexp_rows(logits), logits.float().logsumexp(-1))
-
-    def test_no_rows(self) -> None:
-        assert rows.argmax_rows(torch.empty(0, 8)).shape == (0,)
-        assert rows.logsumexp_rows(torch.empty(0, 8)).shape == (0,)
