@@ -24,6 +24,18 @@ class Transport(Protocol):
         ...
 
 
+class Link(Protocol):
+    """One way between neighbouring pipeline stages: from a rank to the rank of the same tensor-parallel place."""
+
+    def send(self, x: torch.Tensor) -> None:
+        """Hand over `x` [T, N]; it may be overwritten afterwards. Waits only while the link's slots are all unread."""
+        ...
+
+    def receive(self, shape: tuple[int, int]) -> torch.Tensor:
+        """The next tensor, which must have `shape`. It is the caller's to overwrite."""
+        ...
+
+
 class DistributedTransport:
     """torch.distributed's gloo or NCCL."""
 

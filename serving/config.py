@@ -28,8 +28,12 @@ class EngineSettings:
 
     model_dir: str  # a model folder in the runtime format (C12)
     served_model_name: str
-    dtype: str = "bfloat16"  # bfloat16 | float32
+    dtype: str = "bfloat16"  # bfloat16 | float16 | float32
+    quantization: str = "auto"  # of the linears: auto (as the model folder has them) | none | int8 | int4
     device: str = "cpu"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    collectives: str = "auto"  # auto | shared-memory | gloo | nccl: what moves tensors among the ranks
     max_model_len: int | None = None  # None = the model's
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 256  # the fixed token budget of a step (C7)
@@ -69,8 +73,6 @@ class ServeSettings:
     runtime: str = "ray"  # ray | local
     replicas: int = 1
     gateways: int = 1
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
     drain_timeout_s: float = 30.0  # how long a replica that leaves waits for its rows to move (C19)
     store: str = ""  # where `argosy pull` keeps models; "" = the user's cache folder
     engine: EngineSettings = dataclasses.field(
@@ -90,7 +92,9 @@ _INTERNAL: Final = {
 
 _CHOICES: Final = {
     "runtime": ("ray", "local"),
-    "dtype": ("bfloat16", "float32"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "quantization": ("auto", "none", "int8", "int4"),
+    "collectives": ("auto", "shared-memory", "gloo", "nccl"),
     "device": ("cpu", "cuda"),
 }
 
