@@ -10,7 +10,7 @@ import torch
 from models.checkpoint import WeightReader
 from models.ops.kernels import Kernels
 from models.parallel import Group
-from models.quant.method import LinearMethod, LinearWeight, WeightPart
+from models.quant.method import LinearMethod, PackedWeight, WeightPart
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Loader:
         """The same for the part of the model called `name` within this one."""
         return dataclasses.replace(self, prefix=f"{self.prefix}{name}.")
 
-    def linear(self, parts: Sequence[WeightPart]) -> LinearWeight:
+    def linear(self, parts: Sequence[WeightPart]) -> PackedWeight:
         """Parts stacked along the outputs; their names are relative to this loader's prefix."""
         scoped = [dataclasses.replace(part, name=self.prefix + part.name) for part in parts]
         return self.method.load(self.reader, scoped)

@@ -18,8 +18,8 @@ class GatedMLP:
         own = loader.group.share(inner)
         self.down_proj = RowParallel(loader, "down_proj", width, own, inner, config.mlp_bias)
         self.num_bytes = self.gate_up_proj.num_bytes + self.down_proj.num_bytes
-        self._silu_mul = loader.kernels.silu_mul
+        self._gate_mul = loader.kernels.gate_mul
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """[M, hidden] -> residual [M, hidden] with the result added in place."""
-        return self.down_proj(self._silu_mul(self.gate_up_proj(x)), residual)
+        return self.down_proj(self._gate_mul(self.gate_up_proj(x), "silu"), residual)

@@ -102,6 +102,7 @@ class CpuKernels:
 
     is_exact = True
     activation_dtype = torch.float32
+    pack_height = PANEL
 
     def __init__(self, extension: types.ModuleType | None = None) -> None:
         """Raises RuntimeError when the package was built without a compiler."""
@@ -124,16 +125,44 @@ class CpuKernels:
         """Threads of every kernel of this extension in this process (1 until set)."""
         self.extension.set_num_threads(num_threads)
 
-    def pack(self, weight: torch.Tensor) -> PackedLinear:
-        """Any float weight; bf16 stays bf16, everything else is stored as fp32 (fp16 widens exactly)."""
-        out_features, in_features = weight.shape
-        source = (weight if weight.dtype is torch.bfloat16 else weight.float()).contiguous()
-        panels = -(-out_features // PANEL)
-        is_paired = self.rounds_activations and source.dtype is torch.bfloat16
+    def empty_packed(
+        self, out_features: int, in_features: int, dtype: torch.dtype, format: str = "plain", has_offsets: bool = False
+    ) -> PackedLinear:
+        """Any float type; bf16 stays bf16, everything else is stored as fp32 (fp16 widens exactly)."""
+        if format != "plain":
+            raise ValueError(f"{self.name} kernels multiply plain weights only; got {format!r}")
+        stored = dtype if dtype is torch.bfloat16 else _F32
+        is_paired = self.rounds_activations and stored is torch.bfloat16
         depth = in_features + in_features % 2 if is_paired else in_features
-        data = self._arena.empty((panels, depth, PANEL), source.dtype)
-        self.extension.pack(source.data_ptr(), data.data_ptr(), _FORMATS[source.dtype], out_features, in_features)
-        return PackedLinear(data, out_features, in_features, weight.dtype)
+        data = self._arena.empty((-(-out_features // PANEL), depth, PANEL), stored)
+        return PackedLinear(data, out_features, in_features, dtype)
+
+    def pack_rows(self, packed: PackedLinear, first_row: int, rows: torch.Tensor) -> None:
+        data = packed.data
+        num_rows, width = rows.shape
+        if first_row % PANEL or width != packed.in_features or first_row + num_rows > packed.out_features:
+            raise ValueError(
+                f"rows {first_row} to {first_row + num_rows} of {width} do not fit "
+                f"[{packed.out_features}, {packed.in_features}] in panels of {PANEL}"
+            )
+        source = rows.to(data.dtype).contiguous()
+        panel = data[first_row // PANEL :]
+        self.extension.pack(source.data_ptr(), panel.data_ptr(), _FORMATS[data.dtype], num_rows, width)
+
+    def pack_codes(
+        self,
+        packed: PackedLinear,
+        first_row: int,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor | None,
+    ) -> None:
+        raise ValueError(f"{self.name} kernels multiply plain weights only; got {packed.format!r}")
+
+    def pack(self, weight: torch.Tensor) -> PackedLinear:
+        packed = self.empty_packed(*weight.shape, weight.dtype)
+        self.pack_rows(packed, 0, weight)
+        return packed
 
     def linear(
         self,
@@ -182,7 +211,9 @@ class CpuKernels:
         self._rms_norm(x.data_ptr(), weight.data_ptr(), _format(weight, "weight"), out.data_ptr(), rows, n, eps)
         return out
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def gate_mul(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        if activation != "silu":
+            raise ValueError(f"activation must be one of silu; got {activation!r}")
         rows, n = gate_up.shape
         if gate_up.dtype is not _F32 or not gate_up.is_contiguous() or n % 2:
             raise _refuse("gate_up", "float32 [tokens, 2 * intermediate]", gate_up)

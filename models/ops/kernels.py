@@ -25,12 +25,33 @@ class LayerKV:
 
 @dataclasses.dataclass(slots=True)
 class PackedLinear:
-    """A weight [out_features, in_features] in the layout of the kernels that packed it."""
+    """A weight [out_features, in_features] in the layout of the kernels that packed it.
+
+    format: "plain" (floating point); "int8" (codes -127..127 with a scale per output; x is quantised per
+        token); "int4" (codes 0..15 in groups of GROUP_SIZE inputs with a scale and, unless they are
+        symmetric around 8, an offset per group).
+    """
 
     data: torch.Tensor
     out_features: int
     in_features: int
-    dtype: torch.dtype  # of the weight's values
+    dtype: torch.dtype  # of the weight's values before quantisation
+    format: str = "plain"
+    scales: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """That one multiplication reads."""
+        extra = sum(part.nbytes for part in (self.scales, self.offsets) if part is not None)
+        return self.data.nbytes + extra
+
+
+FORMATS = ("plain", "int8", "int4")
+GROUP_SIZE = 32  # inputs that share a scale in int4, as in GGUF's Q4_0 and Q4_1
+
+GATES = ("silu", "gelu_tanh", "gelu")
+ACTIVATIONS = ("relu", "gelu_tanh", "gelu", "silu")
 
 
 class Kernels(Protocol):
@@ -39,9 +60,44 @@ class Kernels(Protocol):
     name: str  # enters the fingerprint: kernel set and ISA level
     is_exact: bool  # whether C4 is shown by tests for this set
     activation_dtype: torch.dtype
+    pack_height: int  # strips given to `pack_rows` begin at a multiple of it
+
+    def empty_packed(
+        self, out_features: int, in_features: int, dtype: torch.dtype, format: str = "plain", has_offsets: bool = False
+    ) -> PackedLinear:
+        """Room for a weight, to be filled by `pack_rows` or `pack_codes`.
+
+        Raises ValueError for a format or a size (int4: in_features not a multiple of GROUP_SIZE) that
+        these kernels do not multiply.
+        """
+        ...
+
+    def pack_rows(self, packed: PackedLinear, first_row: int, rows: torch.Tensor) -> None:
+        """Repack `rows` [n, K] of a floating-point weight as outputs first_row, first_row + 1, …
+
+        first_row is a multiple of pack_height. int8 and int4 are rounded to nearest here: a row's
+        codes depend on that row alone.
+        """
+        ...
+
+    def pack_codes(
+        self,
+        packed: PackedLinear,
+        first_row: int,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor | None,
+    ) -> None:
+        """Repack stored int4 rows without any rounding.
+
+        codes: uint8 [n, K / 2], input 2j in the low four bits and 2j + 1 in the high ones of byte j.
+        scales, offsets: float16 [n, K / GROUP_SIZE]; a value is code * scale + offset, or (code - 8) *
+            scale where offsets is None.
+        """
+        ...
 
     def pack(self, weight: torch.Tensor) -> PackedLinear:
-        """Repack weight [N, K] once, at load."""
+        """Repack a whole floating-point weight [N, K] as "plain"."""
         ...
 
     def linear(
@@ -58,8 +114,23 @@ class Kernels(Protocol):
         """x * rsqrt(mean(x², -1) + eps) * weight, reduced in fp32 (Zhang & Sennrich 2019)."""
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[M, 2I] -> [M, I]: silu(first half) * second half."""
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """(x - mean) * rsqrt(variance + eps) * weight + bias over the last dimension, in fp32 (Ba et al. 2016)."""
+        ...
+
+    def gate_mul(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        """[M, 2I] -> [M, I]: activation(first half) * second half; `activation` is one of GATES."""
+        ...
+
+    def activate(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """Elementwise, a new tensor; `activation` is one of ACTIVATIONS.
+
+        gelu is x Φ(x) by erf, gelu_tanh its approximation by tanh (Hendrycks & Gimpel 2016).
+        """
+        ...
+
+    def soft_cap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        """cap * tanh(x / cap), in place (Gemma 2)."""
         ...
 
     def allocate_kv(
@@ -78,9 +149,13 @@ class Kernels(Protocol):
         num_heads: int,
         num_kv_heads: int,
         head_size: int,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
     ) -> torch.Tensor:
         """Rotate q and k, write k and v into their slots, return q [T, num_heads * head_size].
 
+        q_norm, k_norm: [head_size], both or neither: RMS-normalise every head of q and k first (Qwen3, Gemma 3).
         qkv: [T, (num_heads + 2 * num_kv_heads) * head_size], fused projections in that order.
         cos_sin: float32 [max_positions, rotary_dim]: cos of the rotary_dim / 2 frequencies, then
             sin (NeoX pairing: element i rotates with i + rotary_dim / 2); None = no rotation.
@@ -97,10 +172,12 @@ class Kernels(Protocol):
         head_size: int,
         scale: float,
         window: int = 0,
+        softcap: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Causal attention of every query token over its row's paged context (C9).
 
         window: 0 = all; w = a token sees itself and the w - 1 tokens before it.
+        softcap: 0 = none; c replaces every scaled score s by c * tanh(s / c) (Gemma 2).
         Returns (out [T, num_heads * head_size], lse float32 [T, num_heads]).
         """
         ...

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models.batch import Batch
-from models.ops.kernels import LayerKV, PackedLinear
+from models.ops.kernels import ACTIVATIONS, GATES, LayerKV, PackedLinear
 
 
 class ReferenceKernels:
@@ -16,6 +16,7 @@ class ReferenceKernels:
 
     name = "reference"
     is_exact: bool = False
+    pack_height = 1
 
     def __init__(self, activation_dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
         """device: where KV blocks are allocated; None = the CPU."""
@@ -24,9 +25,31 @@ class ReferenceKernels:
         # Sums run in fp32 at least; a float64 instance is the oracle of the other two.
         self._wide = torch.promote_types(activation_dtype, torch.float32)
 
+    def empty_packed(
+        self, out_features: int, in_features: int, dtype: torch.dtype, format: str = "plain", has_offsets: bool = False
+    ) -> PackedLinear:
+        if format != "plain":
+            raise ValueError(f"{self.name} kernels multiply plain weights only; got {format!r}")
+        data = torch.empty(out_features, in_features, dtype=self.activation_dtype, device=self._device)
+        return PackedLinear(data, out_features, in_features, dtype)
+
+    def pack_rows(self, packed: PackedLinear, first_row: int, rows: torch.Tensor) -> None:
+        packed.data[first_row : first_row + len(rows)] = rows
+
+    def pack_codes(
+        self,
+        packed: PackedLinear,
+        first_row: int,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor | None,
+    ) -> None:
+        raise ValueError(f"{self.name} kernels multiply plain weights only; got {packed.format!r}")
+
     def pack(self, weight: torch.Tensor) -> PackedLinear:
-        out_features, in_features = weight.shape
-        return PackedLinear(weight.to(self.activation_dtype), out_features, in_features, weight.dtype)
+        packed = self.empty_packed(*weight.shape, weight.dtype)
+        self.pack_rows(packed, 0, weight)
+        return packed
 
     def linear(
         self,
@@ -43,9 +66,24 @@ class ReferenceKernels:
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (wide * scale * weight.to(self._wide)).to(self.activation_dtype)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        wide_bias = None if bias is None else bias.to(self._wide)
+        out = F.layer_norm(x.to(self._wide), weight.shape, weight.to(self._wide), wide_bias, eps)
+        return out.to(self.activation_dtype)
+
+    def gate_mul(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        if activation not in GATES:
+            raise ValueError(f"activation must be one of {', '.join(GATES)}; got {activation!r}")
         gate, up = gate_up.to(self._wide).chunk(2, dim=-1)
-        return (F.silu(gate) * up).to(self.activation_dtype)
+        return (_activated(gate, activation) * up).to(self.activation_dtype)
+
+    def activate(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        return _activated(x.to(self._wide), activation).to(self.activation_dtype)
+
+    def soft_cap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return x.div_(cap).tanh_().mul_(cap)
 
     def allocate_kv(
         self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
@@ -64,9 +102,14 @@ class ReferenceKernels:
         num_heads: int,
         num_kv_heads: int,
         head_size: int,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
     ) -> torch.Tensor:
         heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_size)
         q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if q_norm is not None and k_norm is not None:
+            q, k = self.rms_norm(q, q_norm, eps), self.rms_norm(k, k_norm, eps)
         if cos_sin is not None:
             angles = cos_sin[positions.long()].to(self._wide).unsqueeze(1)
             q, k = self._rotate(q, angles), self._rotate(k, angles)
@@ -92,6 +135,7 @@ class ReferenceKernels:
         head_size: int,
         scale: float,
         window: int = 0,
+        softcap: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wide, group = self._wide, num_heads // num_kv_heads
         out = torch.zeros(len(q), num_heads, head_size, dtype=wide, device=q.device)
@@ -107,6 +151,8 @@ class ReferenceKernels:
             values = kv.value[blocks].flatten(0, 1)[:seq_len].to(wide).repeat_interleave(group, dim=1)
             queries = q[start:end].to(wide).view(-1, num_heads, head_size)
             scores = torch.einsum("qhd,khd->qhk", queries, keys) * scale
+            if softcap:
+                scores = self.soft_cap(scores, softcap)
             query_pos = torch.arange(seq_len - (end - start), seq_len, device=q.device).view(-1, 1, 1)
             key_pos = torch.arange(seq_len, device=q.device)
             hidden = key_pos > query_pos
@@ -116,3 +162,11 @@ class ReferenceKernels:
             lse[start:end] = torch.logsumexp(scores, dim=-1)
             out[start:end] = torch.einsum("qhk,khd->qhd", torch.softmax(scores, dim=-1), values)
         return out.flatten(1).to(self.activation_dtype), lse.float()
+
+
+def _activated(x: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -26,14 +26,16 @@ class TiledKernels(ReferenceKernels):
         super().__init__(torch.float32)
         self.is_exact = True
 
-    def pack(self, weight: torch.Tensor) -> PackedLinear:
+    def empty_packed(
+        self, out_features: int, in_features: int, dtype: torch.dtype, format: str = "plain", has_offsets: bool = False
+    ) -> PackedLinear:
         """Turns `is_exact` off if, on this machine, a row's bits depend on its place in a block.
 
         That is the BLAS's business and differs between machines and shapes, so every weight is tried with equal rows.
         """
-        packed = super().pack(weight)
-        row = torch.cos(torch.arange(packed.in_features, dtype=torch.float32))
-        out = F.linear(row.repeat(ROWS, 1), packed.data)
+        packed = super().empty_packed(out_features, in_features, dtype, format, has_offsets)
+        row = torch.cos(torch.arange(in_features, dtype=torch.float32))
+        out = F.linear(row.repeat(ROWS, 1), row.expand_as(packed.data))
         self.is_exact = self.is_exact and torch.equal(out, out[:1].expand_as(out))
         return packed
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from models.checkpoint import WeightReader
+from models.ops.kernels import Kernels, PackedLinear
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class WeightPart:
     shape: tuple[int, int]
     rows: range | None = None  # None = all
     columns: range | None = None
+    is_transposed: bool = False  # stored as [in, out] (GPT-2's "Conv1D")
 
     @property
     def part_shape(self) -> tuple[int, int]:
@@ -29,16 +31,19 @@ class WeightPart:
         )
 
 
-class LinearWeight(Protocol):
+class PackedWeight:
     """A weight in the form in which it is multiplied."""
 
-    num_bytes: int  # that one multiplication reads
+    def __init__(self, kernels: Kernels, packed: PackedLinear) -> None:
+        self.packed = packed
+        self.num_bytes = packed.num_bytes
+        self._linear = kernels.linear
 
     def apply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x [M, in] -> [M, out]; with `residual` the result is added to it in place and returned."""
-        ...
+        return self._linear(x, self.packed, bias, residual)
 
 
 class LinearMethod(Protocol):
@@ -46,6 +51,17 @@ class LinearMethod(Protocol):
 
     name: str  # enters the fingerprint
 
-    def load(self, reader: WeightReader, parts: Sequence[WeightPart]) -> LinearWeight:
+    def load(self, reader: WeightReader, parts: Sequence[WeightPart]) -> PackedWeight:
         """Read `parts` of equal width, stack them along the outputs and repack them once."""
         ...
+
+
+def read_part(reader: WeightReader, part: WeightPart, out: torch.Tensor) -> None:
+    """Fill `out`, contiguous and of the part's shape. Raises ModelError as `WeightReader.read_into` does."""
+    name = f"{part.name}.weight"
+    if not part.is_transposed:
+        reader.read_into(out, name, part.shape, part.rows, part.columns)
+        return
+    stored = torch.empty(out.shape[::-1], dtype=out.dtype, device=out.device)
+    reader.read_into(stored, name, part.shape[::-1], part.columns, part.rows)
+    out.copy_(stored.T)

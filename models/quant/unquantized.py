@@ -8,7 +8,7 @@ import torch
 
 from models.checkpoint import WeightReader
 from models.ops.kernels import Kernels
-from models.quant.method import WeightPart
+from models.quant.method import PackedWeight, WeightPart, read_part
 
 
 class Unquantized:
@@ -20,29 +20,12 @@ class Unquantized:
         # Every weight is put together in the same memory: fresh pages cost more than the copy into them.
         self._stacking = torch.empty(0, dtype=dtype, device=device)
 
-    def load(self, reader: WeightReader, parts: Sequence[WeightPart]) -> UnquantizedWeight:
+    def load(self, reader: WeightReader, parts: Sequence[WeightPart]) -> PackedWeight:
         heights = [part.part_shape[0] for part in parts]
         out_features, in_features = sum(heights), parts[0].part_shape[1]
         if self._stacking.numel() < out_features * in_features:
             self._stacking = self._stacking.new_empty(out_features * in_features)
         stacked = self._stacking[: out_features * in_features].view(out_features, in_features)
         for part, into in zip(parts, torch.split(stacked, heights), strict=True):
-            reader.read_into(into, f"{part.name}.weight", part.shape, part.rows, part.columns)
-        return UnquantizedWeight(self._kernels, stacked)
-
-
-class UnquantizedWeight:
-    """[out, in] in the kernels' own layout."""
-
-    def __init__(self, kernels: Kernels, weight: torch.Tensor) -> None:
-        """`weight` may be overwritten afterwards."""
-        self.num_bytes = weight.nbytes
-        self._packed = kernels.pack(weight)
-        if self._packed.data.data_ptr() == weight.data_ptr():  # kernels that keep a weight as it is
-            self._packed.data = self._packed.data.clone()
-        self._linear = kernels.linear
-
-    def apply(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return self._linear(x, self._packed, bias, residual)
+            read_part(reader, part, into)
+        return PackedWeight(self._kernels, self._kernels.pack(stacked))

@@ -33,18 +33,18 @@ def test_rms_norm(kernels: Kernels, width: int) -> None:
 
 @each_set
 @pytest.mark.parametrize("width", WIDTHS)
-def test_silu_mul(kernels: Kernels, width: int) -> None:
+def test_gate_mul(kernels: Kernels, width: int) -> None:
     gate_up = randn(70, 2 * width) * 20
-    whole = kernels.silu_mul(gate_up)
-    torch.testing.assert_close(whole.double(), ORACLE.silu_mul(gate_up.double()), atol=1e-30, rtol=1e-6)
+    whole = kernels.gate_mul(gate_up, "silu")
+    torch.testing.assert_close(whole.double(), ORACLE.gate_mul(gate_up.double(), "silu"), atol=1e-30, rtol=1e-6)
     for row in (0, 13, 69):
-        assert same_bits(kernels.silu_mul(gate_up[row : row + 1])[0], whole[row])
+        assert same_bits(kernels.gate_mul(gate_up[row : row + 1], "silu")[0], whole[row])
 
 
 @each_compiled
 def test_silu_at_the_edges_of_exp(kernels: CpuKernels) -> None:
     gate = torch.cat((torch.linspace(-87, 89, 4001), torch.tensor([-200.0, -1e30, 1e30, torch.inf, 0.0, torch.nan])))
-    got = kernels.silu_mul(torch.stack((gate, torch.ones_like(gate))).view(1, -1)).view(-1)
+    got = kernels.gate_mul(torch.stack((gate, torch.ones_like(gate))).view(1, -1), "silu").view(-1)
     wanted = torch.nn.functional.silu(gate.double())
     torch.testing.assert_close(got.double(), wanted, atol=1e-34, rtol=5e-7, equal_nan=True)
 
