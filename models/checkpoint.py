@@ -41,6 +41,10 @@ class WeightReader(Protocol):
         """Elements of the tensors claimed so far, each counted once and whole."""
         ...
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name. Asking claims nothing."""
+        ...
+
     def read_into(
         self,
         out: torch.Tensor,
@@ -137,6 +141,9 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         return self._num_parameters
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
 
     def read_into(
         self,
