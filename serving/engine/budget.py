@@ -39,6 +39,21 @@ def share_out(
     return counts
 
 
+def take_turns(lack: Int32Array, ready: Int32Array, num_stages: int) -> Int32Array:
+    """What each row may compute in the next step of a pipeline, int32 [R] (C5).
+
+    lack [R]: as by lengths alone. ready [R]: of that, what can be sent now.
+
+    Decoding rows form as many groups as there are stages: a step takes its share of them, the first
+    that are ready, so that every stage has work. Whoever is ready gets its turn within `num_stages`
+    steps, for as many steps are made of different rows. A prompt's next chunk follows the one before
+    without waiting.
+    """
+    group = -(-int(np.count_nonzero(lack == 1)) // num_stages)
+    is_decoding = ready == 1
+    return np.where(is_decoding & (np.cumsum(is_decoding) > group), 0, ready).astype(np.int32)
+
+
 def tokens_ahead(lack: Int32Array, ranks: np.typing.NDArray[np.int64], rank: int) -> int:
     """Tokens that go before a newcomer's of `rank`: what decodes, and what rows served earlier lack.
 

@@ -3,9 +3,10 @@
 Ranks keep persistent rows (slots): token ids, block tables, sampling parameters. A plan carries
 only what changed. Layout, all int32 little-endian:
 
-    header      step, num_rows, num_finished, num_block_updates, num_new_blocks,
-                num_new_rows, num_payload_words
+    header      step, num_rows, num_token_ids, num_finished, num_block_updates,
+                num_new_blocks, num_new_rows, num_payload_words
     rows        slots[num_rows]  num_tokens[num_rows]  starts[num_rows]  num_samples[num_rows]
+    inputs      token ids[num_token_ids]: none, or sum(num_tokens)
     finished    slots whose row is over[num_finished]
     blocks      (slot, first index, count)[num_block_updates]  block ids[num_new_blocks]
     new rows    (slot, num_prompt, num_known, sampling bytes)[num_new_rows]
@@ -13,6 +14,9 @@ only what changed. Layout, all int32 little-endian:
 
 `num_samples` of a row is how many of its last tokens are sampled after: 0 inside a prompt, 1 for
 decoding, more when drafts are verified. Applied in this order: finished, new rows, blocks, rows.
+
+The inputs are there for gangs: a rank that does not sample cannot know them. A single rank keeps
+what it sampled, and gets none.
 """
 
 from __future__ import annotations
@@ -25,10 +29,12 @@ import numpy as np
 from serving.engine.request import Int32Array
 from serving.types import SamplingParams
 
-_HEADER_WORDS = 7
+_HEADER_WORDS = 8
 _STEP_MASK = 0x7FFFFFFF  # at 1,000 steps a second, int32 lasts 24 days
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(SamplingParams)
+
+NO_IDS: Int32Array = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass(slots=True, frozen=True)
@@ -54,6 +60,7 @@ class Plan:
     block_updates: Int32Array  # [num_block_updates, 3]: slot, first index, count
     block_ids: Int32Array
     new_rows: tuple[NewRow, ...]
+    token_ids: Int32Array = dataclasses.field(default_factory=lambda: NO_IDS)  # inputs, where ranks need them
 
     def encode(self) -> Int32Array:
         """The flat array."""
@@ -67,6 +74,7 @@ class Plan:
         header = (
             self.step & _STEP_MASK,
             len(self.slots),
+            len(self.token_ids),
             len(self.finished),
             len(self.block_updates),
             len(self.block_ids),
@@ -80,6 +88,7 @@ class Plan:
                 self.num_tokens,
                 self.starts,
                 self.num_samples,
+                self.token_ids,
                 self.finished,
                 self.block_updates.reshape(-1),
                 self.block_ids,
@@ -96,10 +105,12 @@ def decode_plan(words: Int32Array) -> Plan:
     """
     if len(words) < _HEADER_WORDS:
         raise ValueError(f"a plan of {len(words)} words has no header")
-    step, num_rows, num_finished, num_updates, num_ids, num_new, num_payload = words[:_HEADER_WORDS].tolist()
-    expected = _HEADER_WORDS + 4 * num_rows + num_finished + 3 * num_updates + num_ids + 4 * num_new + num_payload
-    if expected != len(words) or words[:_HEADER_WORDS].min() < 0:
-        raise ValueError(f"a plan of {len(words)} words announces {expected}: {words[:_HEADER_WORDS].tolist()}")
+    header = words[:_HEADER_WORDS].tolist()
+    step, num_rows, num_inputs, num_finished, num_updates, num_ids, num_new, num_payload = header
+    num_changes = num_finished + 3 * num_updates + num_ids + 4 * num_new + num_payload
+    expected = _HEADER_WORDS + 4 * num_rows + num_inputs + num_changes
+    if expected != len(words) or min(header) < 0:
+        raise ValueError(f"a plan of {len(words)} words announces {expected}: {header}")
     at = _HEADER_WORDS
 
     def take(count: int) -> Int32Array:
@@ -108,6 +119,9 @@ def decode_plan(words: Int32Array) -> Plan:
         return words[at - count : at]
 
     slots, num_tokens, starts, num_samples = take(num_rows), take(num_rows), take(num_rows), take(num_rows)
+    token_ids = take(num_inputs)
+    if num_inputs and num_inputs != int(num_tokens.sum()):
+        raise ValueError(f"{num_inputs} inputs for rows of {num_tokens.tolist()} tokens")
     finished = take(num_finished)
     updates = take(3 * num_updates).reshape(-1, 3)
     block_ids = take(num_ids)
@@ -124,4 +138,4 @@ def decode_plan(words: Int32Array) -> Plan:
         except msgspec.MsgspecError as error:
             raise ValueError(f"sampling parameters of slot {slot}: {error}") from None
         new_rows.append(NewRow(slot, num_prompt, tokens, sampling))
-    return Plan(step, slots, num_tokens, starts, num_samples, finished, updates, block_ids, tuple(new_rows))
+    return Plan(step, slots, num_tokens, starts, num_samples, finished, updates, block_ids, tuple(new_rows), token_ids)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.block_hash import BlockHash
+from serving.errors import ContextLengthExceeded, InvalidRequest
 from serving.types import SamplingParams
 
 Int32Array = npt.NDArray[np.int32]
@@ -45,3 +46,25 @@ class Request:
     is_preempting: bool = False
     was_admitted: bool = False
     num_preemptions: int = 0
+
+    def check_fits(self, max_model_len: int, cache_tokens: int) -> None:
+        """cache_tokens: that the replica's KV cache holds.
+
+        Raises ContextLengthExceeded or InvalidRequest, with the numbers, when the request can never be served.
+        """
+        num_tokens = len(self.tokens)
+        if num_tokens >= max_model_len:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {max_model_len} tokens, and {num_tokens} are taken already: "
+                "none can be generated.",
+                param="prompt",
+            )
+        if num_tokens >= self.max_total:
+            text = f"max_tokens is {self.sampling.max_tokens}; {num_tokens - self.num_prompt} are there already."
+            raise InvalidRequest(text, param="max_tokens")
+        if self.max_total > cache_tokens:
+            raise InvalidRequest(
+                f"The request may grow to {self.max_total} tokens; the replica's KV cache holds {cache_tokens}.",
+                param="max_tokens",
+                code="request_too_large",
+            )

@@ -2,6 +2,7 @@
 
     tokens      | prompt ........ | outputs known | outputs in flight |
                 0           num_done <= num_computed <= num_tokens <= max_total
+                                             num_known <= num_tokens
                             |        |
                             |        handed out to steps
                             computed in completed steps
@@ -32,6 +33,7 @@ class Rows:
         self.num_tokens = _int32(num_slots)
         self.num_computed = _int32(num_slots)
         self.num_done = _int32(num_slots)
+        self.num_known = _int32(num_slots)  # tokens whose values have arrived; kept up where inputs are sent
         self.max_total = _int32(num_slots)
         self.num_blocks = _int32(num_slots)
         self.num_sent_blocks = _int32(num_slots)  # block table entries that the ranks know
@@ -49,7 +51,7 @@ class Rows:
         """Fill `slot` from `request`, whose first `num_cached` tokens are already in the cache."""
         num_tokens = len(request.tokens)
         self.tokens[slot, :num_tokens] = request.tokens
-        self.num_tokens[slot] = num_tokens
+        self.num_tokens[slot] = self.num_known[slot] = num_tokens
         self.num_computed[slot] = self.num_done[slot] = num_cached
         self.max_total[slot] = request.max_total
         self.num_blocks[slot] = len(request.blocks)
@@ -79,6 +81,22 @@ class Rows:
         self.num_tokens[slots] += samples
         self.num_in_flight[slots] += 1
         return samples
+
+    def lack(self, slots: Int32Array) -> Int32Array:
+        """How many tokens each of `slots` has still to compute."""
+        return np.minimum(self.num_tokens[slots], self.max_total[slots] - 1) - self.num_computed[slots]
+
+    def ready(self, slots: Int32Array) -> Int32Array:
+        """How many of them could be sent now: none of a row whose last sample is still in flight."""
+        return np.minimum(self.num_known[slots], self.max_total[slots] - 1) - self.num_computed[slots]
+
+    def inputs(self, slots: Int32Array, starts: Int32Array, counts: Int32Array) -> Int32Array:
+        """Values of tokens `starts` to `starts + counts` of each row, one row after the other."""
+        if int(counts.sum()) == len(slots):
+            return self.tokens[slots, starts]
+        row_of = np.repeat(np.arange(len(slots)), counts)
+        before = np.cumsum(counts) - counts
+        return self.tokens[slots[row_of], np.arange(len(row_of)) + (starts - before)[row_of]]
 
     def take_table_updates(self, slots: Int32Array) -> tuple[Int32Array, Int32Array]:
         """Block table entries of `slots` that the ranks do not know yet: they are told now.

@@ -13,14 +13,14 @@ import numpy as np
 
 from serving.block_hash import block_hash, block_hashes
 from serving.engine.blocks import BlockPool
-from serving.engine.budget import share_out, tokens_ahead
+from serving.engine.budget import share_out, take_turns, tokens_ahead
 from serving.engine.cost import StepCostModel
 from serving.engine.output import StepOutput, renumber
-from serving.engine.plan import NewRow, Plan
+from serving.engine.plan import NO_IDS, NewRow, Plan
 from serving.engine.request import Int32Array, Phase, Request
 from serving.engine.rows import Rows, rank
 from serving.engine.waiting import WaitingQueue
-from serving.errors import ContextLengthExceeded, InvalidRequest
+from serving.errors import InvalidRequest
 from serving.types import FinishReason
 
 
@@ -37,10 +37,15 @@ class Scheduler:
         block_size: int,
         enable_prefix_cache: bool = True,
         cost_model: StepCostModel | None = None,
+        num_stages: int = 1,
+        sends_inputs: bool = False,
     ) -> None:
+        """num_stages: steps that are computed at the same time, each by another pipeline stage.
+        sends_inputs: plans carry token ids, so a row is planned only when its last sample is known (gangs).
+        """
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
-                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs})"
+                f"max_num_batched_tokens ({max_num_batched_tokens}) is less than max_num_seqs ({max_num_seqs})"
             )
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -50,6 +55,8 @@ class Scheduler:
         self.rows = Rows(max_num_seqs, max_model_len)
         self.cost_model = cost_model or StepCostModel()
         self._enable_prefix_cache = enable_prefix_cache
+        self._num_stages = num_stages
+        self._sends_inputs = sends_inputs
         self._requests: dict[tuple[int, int], Request] = {}
         self._waiting = WaitingQueue()
         self._order: Int32Array = np.zeros(0, np.int32)  # slots that may compute, first served first
@@ -79,23 +86,7 @@ class Scheduler:
 
         Raises ContextLengthExceeded or InvalidRequest.
         """
-        num_tokens = len(request.tokens)
-        if num_tokens >= self.max_model_len:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.max_model_len} tokens, and {num_tokens} are taken "
-                "already: none can be generated.",
-                param="prompt",
-            )
-        if num_tokens >= request.max_total:
-            text = f"max_tokens is {request.sampling.max_tokens}; {num_tokens - request.num_prompt} are there already."
-            raise InvalidRequest(text, param="max_tokens")
-        capacity = (self.pool.num_blocks - 1) * self.block_size
-        if request.max_total > capacity:
-            raise InvalidRequest(
-                f"The request may grow to {request.max_total} tokens; the replica's KV cache holds {capacity}.",
-                param="max_tokens",
-                code="request_too_large",
-            )
+        request.check_fits(self.max_model_len, (self.pool.num_blocks - 1) * self.block_size)
         if request.key in self._requests:
             raise InvalidRequest(f"handle {request.key[1]} is in use", code="duplicate_handle")
         request.sequence = self._next_sequence
@@ -145,7 +136,9 @@ class Scheduler:
         rows, order = self.rows, self._order
         if not len(order):
             return None
-        lack = np.minimum(rows.num_tokens[order], rows.max_total[order] - 1) - rows.num_computed[order]
+        lack = rows.lack(order)
+        if self._sends_inputs:
+            lack = take_turns(lack, rows.ready(order), self._num_stages)
         counts = share_out(
             lack,
             rows.num_computed[order],
@@ -175,6 +168,7 @@ class Scheduler:
             block_updates=updates,
             block_ids=block_ids,
             new_rows=tuple(self._entered),
+            token_ids=rows.inputs(slots, starts, counts) if self._sends_inputs else NO_IDS,
         )
         self._next_step += 1
         self._left_slots = []
@@ -285,6 +279,8 @@ class Scheduler:
         sampling = plan.num_samples > 0
         slots, positions = plan.slots[sampling], ends[sampling]
         rows.tokens[slots, positions] = ids
+        if self._sends_inputs:
+            rows.num_known[slots] = positions + 1
         is_sound = ids >= 0
         live = rows.is_live[slots] & is_sound
         is_stop = (rows.stop_ids[slots] == ids[:, None]).any(axis=1)

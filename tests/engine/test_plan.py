@@ -18,10 +18,11 @@ def ints(rng: random.Random, count: int) -> np.ndarray:
 def random_plan(rng: random.Random) -> Plan:
     rows, updates = rng.randint(0, 5), rng.randint(0, 3)
     counts = [rng.randint(0, 4) for _ in range(updates)]
+    num_tokens = np.array([rng.randint(1, 9) for _ in range(rows)], np.int32)
     return Plan(
         step=rng.randrange(1 << 31),
         slots=ints(rng, rows),
-        num_tokens=ints(rng, rows),
+        num_tokens=num_tokens,
         starts=ints(rng, rows),
         num_samples=ints(rng, rows),
         finished=ints(rng, rng.randint(0, 3)),
@@ -33,12 +34,14 @@ def random_plan(rng: random.Random) -> Plan:
             NewRow(rng.randrange(9), 1, ints(rng, rng.randint(1, 9)), SamplingParams(seed=rng.getrandbits(64)))
             for _ in range(rng.randint(0, 3))
         ),
+        token_ids=ints(rng, int(num_tokens.sum()) if rng.random() < 0.5 else 0),
     )
 
 
 def assert_equal(got: Plan, wanted: Plan) -> None:
     assert got.step == wanted.step
-    for name in ("slots", "num_tokens", "starts", "num_samples", "finished", "block_updates", "block_ids"):
+    arrays = ("slots", "num_tokens", "starts", "num_samples", "finished", "block_updates", "block_ids", "token_ids")
+    for name in arrays:
         np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name))
     assert [(row.slot, row.num_prompt, row.tokens.tolist(), repr(row.sampling)) for row in got.new_rows] == [
         (row.slot, row.num_prompt, row.tokens.tolist(), repr(row.sampling)) for row in wanted.new_rows
@@ -75,11 +78,18 @@ def test_new_rows_that_ask_for_more_than_the_payload_are_refused() -> None:
     row = NewRow(0, 1, np.array([5, 6, 7], np.int32), SamplingParams())
     none = np.zeros(0, np.int32)
     words = Plan(1, none, none, none, none, none, none.reshape(-1, 3), none, (row,)).encode()
-    words[7 + 2] = 1000
+    words[8 + 2] = 1000
     with pytest.raises(ValueError, match="payload"):
+        decode_plan(words)
+
+
+def test_inputs_are_one_for_each_token_or_none() -> None:
+    none, two = np.zeros(0, np.int32), np.array([2], np.int32)
+    words = Plan(1, two, two, two, two, none, none.reshape(-1, 3), none, (), np.array([5, 6, 7], np.int32)).encode()
+    with pytest.raises(ValueError, match=r"3 inputs for rows of \[2\] tokens"):
         decode_plan(words)
 
 
 def test_counts_below_zero_are_refused() -> None:
     with pytest.raises(ValueError, match="announces"):
-        decode_plan(np.array([0, -1, 4, 0, 0, 0, 0], np.int32))
+        decode_plan(np.array([0, -1, 4, 0, 0, 0, 0, 0], np.int32))

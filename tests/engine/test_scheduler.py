@@ -152,12 +152,14 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     assert not world.scheduler.has_work
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(120))
 def test_random_histories(seed: int) -> None:
-    """Arrivals, cancels, resumes, shared prefixes, stop tokens and scarce blocks, at every depth."""
+    """Arrivals, cancels, resumes, shared prefixes, stop tokens and scarce blocks, at every depth and in pipelines."""
     rng = random.Random(seed)
+    num_stages = rng.choice([0, 1, 2, 4])
     world = World(
         depth=rng.choice(DEPTHS),
+        num_stages=num_stages,
         num_blocks=rng.choice([20, 40, 200]),
         max_num_seqs=rng.choice([1, 3, 8]),
         max_num_batched_tokens=rng.choice([8, 16, 50]),

@@ -17,7 +17,7 @@ def break_slot(world: World, slot: int) -> None:
     def run_with_fault(words: np.ndarray) -> np.ndarray:
         ids = run(words)
         num_rows = int(words[1])
-        slots, samples = words[7 : 7 + num_rows], words[7 + 3 * num_rows : 7 + 4 * num_rows]
+        slots, samples = words[8 : 8 + num_rows], words[8 + 3 * num_rows : 8 + 4 * num_rows]
         ids[slots[samples > 0] == slot] = -1
         return ids
 

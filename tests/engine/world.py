@@ -53,9 +53,12 @@ class FakeRanks:
         for slot, first, count in plan.block_updates.tolist():
             self.tables[slot, first : first + count] = plan.block_ids[at : at + count]
             at += count
-        ids = []
+        ids, inputs = [], plan.token_ids
         for slot, count, start, samples in zip(plan.slots, plan.num_tokens, plan.starts, plan.num_samples, strict=True):
             positions = np.arange(start, start + count)
+            if len(plan.token_ids):  # a gang: what a rank has not sampled itself, it knows from the plan alone
+                assert (self.tokens[slot, positions] == inputs[:count]).all()
+                inputs = inputs[count:]
             blocks = self.tables[slot, positions // self.block_size]
             assert (blocks > 0).all(), "a token was written to the sink"
             self.cache[blocks, positions % self.block_size] = self.tokens[slot, positions]
@@ -80,8 +83,11 @@ class World:
         max_num_batched_tokens: int = 16,
         max_model_len: int = 128,
         enable_prefix_cache: bool = True,
+        num_stages: int = 0,
     ) -> None:
-        self.depth = depth
+        """num_stages: of a pipeline, where plans carry their inputs and `depth` is one less; 0 = a single rank."""
+        self.num_stages = num_stages
+        self.depth = num_stages - 1 if num_stages else depth
         self.scheduler = Scheduler(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -89,6 +95,8 @@ class World:
             num_blocks=num_blocks,
             block_size=block_size,
             enable_prefix_cache=enable_prefix_cache,
+            num_stages=num_stages or 1,
+            sends_inputs=num_stages > 0,
         )
         self.ranks = FakeRanks(max_num_seqs, max_model_len, num_blocks, block_size)
         self.in_flight: deque[tuple[Plan, np.ndarray]] = deque()
@@ -130,6 +138,10 @@ class World:
         if plan is not None:
             self.num_steps += 1
             assert plan.num_tokens.sum() <= self.scheduler.max_num_batched_tokens
+            if self.num_stages:
+                assert len(plan.token_ids) == plan.num_tokens.sum()
+                unread = [np.isin(step.slots[step.num_samples > 0], plan.slots) for step, _ in self.in_flight]
+                assert not any(map(np.any, unread)), "a row is planned whose last sample is not known"
             # The ranks compute now; the scheduler learns later.
             self.in_flight.append((plan, self.ranks.run(plan.encode())))
         output = None
