@@ -12,6 +12,8 @@ from models.architectures.llama import LlamaForCausalLM
 from models.batch import Batch
 from models.checkpoint import Checkpoint, Progress, weight_files
 from models.config import ModelConfig, ModelError
+from models.decoder import Decoder
+from models.fields import Fields, read_fields, shown
 from models.kv_cache import KVCache
 from models.layers.loader import Loader
 from models.ops.kernels import Kernels
@@ -23,8 +25,11 @@ from models.store.manifest import MANIFEST, FileEntry, read_manifest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-ARCHITECTURES = {"llama": LlamaForCausalLM}
-"""By Hugging Face `model_type`."""
+ARCHITECTURES: dict[str, type[Decoder]] = {"llama": LlamaForCausalLM}
+"""By Hugging Face `model_type`, which is also the name of the architecture's file."""
+
+QUANT_METHODS = ("argosy-int4",)
+"""`quant_method` of the folders that we load; `argosy pull` writes them."""
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _SAMPLE_BYTES = 4096
@@ -38,6 +43,7 @@ class CausalLM(Protocol):
     kernels: Kernels
     stages: Stages
     weight_dtype: torch.dtype
+    weight_format: str  # name of the linear method; part of the fingerprint
     logits_size: int
     num_parameters: int  # of this pipeline stage, all tensor-parallel ranks together
     weight_bytes: int  # that this rank reads in one decode step: linears, head and norms
@@ -45,6 +51,29 @@ class CausalLM(Protocol):
     def forward(self, batch: Batch, kv_cache: KVCache, hidden_in: torch.Tensor | None = None) -> torch.Tensor:
         """float32 logits [S, logits_size], or the residual stream [T, hidden] before the last stage."""
         ...
+
+
+def load_config(folder: Path | str) -> ModelConfig:
+    """The configuration of a model folder. Raises ModelError naming what is missing, wrong or not supported."""
+    return parse_config(read_fields(Path(folder)))
+
+
+def parse_config(fields: Fields) -> ModelConfig:
+    """A `config.json` as its architecture reads it. Raises ModelError as `load_config`."""
+    method = fields.values.get("quantization_config")
+    if method and (not isinstance(method, dict) or method.get("quant_method") not in QUANT_METHODS):
+        raise ModelError(
+            f"{fields.where}quantization_config is not supported unless quant_method is one of "
+            f"{', '.join(QUANT_METHODS)}; convert the model with `argosy pull`"
+        )
+    return _architecture(fields.text("model_type")).parse(fields)
+
+
+def _architecture(model_type: str) -> type[Decoder]:
+    found = ARCHITECTURES.get(model_type)
+    if found is None:
+        raise ModelError(f"model_type {shown(model_type)} is not one of {', '.join(sorted(ARCHITECTURES))}")
+    return found
 
 
 def load_model(
@@ -68,10 +97,8 @@ def load_model(
     """
     folder, device = Path(folder), torch.device(device)
     weight_type = _weight_type(dtype)
-    config = ModelConfig.from_folder(folder)
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        raise ModelError(f"model_type {config.model_type!r} is not one of {', '.join(sorted(ARCHITECTURES))}")
+    config = load_config(folder)
+    architecture = _architecture(config.model_type)
     limit = config.max_position_embeddings
     if max_model_len is not None and not 1 <= max_model_len <= limit:
         raise ModelError(f"max_model_len must be from 1 to the model's {limit} positions; got {max_model_len}")

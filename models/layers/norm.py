@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019)."""
+"""Normalisations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from models.layers.loader import Loader
 
 
 class RMSNorm:
-    def __init__(self, loader: Loader, name: str, size: int, eps: float) -> None:
+    """Root-mean-square normalisation (Zhang & Sennrich 2019)."""
+
+    def __init__(self, loader: Loader, name: str, size: int, eps: float, offset: float = 0.0) -> None:
+        """offset: added to the stored weights (Gemma stores w - 1)."""
         self._weight = loader.vector(f"{name}.weight", size)
+        if offset:
+            self._weight += offset
         self._eps = eps
         self._rms_norm = loader.kernels.rms_norm
         self.num_bytes = self._weight.nbytes
@@ -17,3 +22,18 @@ class RMSNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[M, size] -> a new [M, size]."""
         return self._rms_norm(x, self._weight, self._eps)
+
+
+class LayerNorm:
+    """Mean and variance normalised (Ba et al. 2016)."""
+
+    def __init__(self, loader: Loader, name: str, size: int, eps: float) -> None:
+        self._weight = loader.vector(f"{name}.weight", size)
+        self._bias = loader.vector(f"{name}.bias", size)
+        self._eps = eps
+        self._layer_norm = loader.kernels.layer_norm
+        self.num_bytes = self._weight.nbytes + self._bias.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[M, size] -> a new [M, size]."""
+        return self._layer_norm(x, self._weight, self._bias, self._eps)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: the table of angles (RoFormer, Su et al. 2021)."""
+"""Rotary position embeddings: the tables of angles (RoFormer, Su et al. 2021)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,32 @@ import math
 
 import torch
 
-from models.config import Llama3Scaling, ModelConfig
+from models.config import LinearScaling, Llama3Scaling, ModelConfig, Rotary
 
 
-def cos_sin_table(config: ModelConfig, max_positions: int, device: torch.device) -> torch.Tensor:
-    """float32 [max_positions, head_size]: the cosines of head_size / 2 frequencies, then their sines."""
-    exponents = torch.arange(0, config.head_size, 2).float() / config.head_size
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling is not None:
-        frequencies = _stretched(frequencies, config.rope_scaling)
+class RotaryTables:
+    """A model's tables, made once and shared by its layers."""
+
+    def __init__(self, config: ModelConfig, max_positions: int, device: torch.device) -> None:
+        self._windows = config.windows
+        self._table = None if config.rotary is None else cos_sin_table(config.rotary, max_positions, device)
+        local = config.local_rotary
+        self._local = self._table if local is None else cos_sin_table(local, max_positions, device)
+
+    def of_layer(self, layer: int) -> torch.Tensor | None:
+        """The table of a layer's attention, None where it does not rotate."""
+        has_window = bool(self._windows) and self._windows[layer] > 0
+        return self._local if has_window else self._table
+
+
+def cos_sin_table(rotary: Rotary, max_positions: int, device: torch.device) -> torch.Tensor:
+    """float32 [max_positions, size]: the cosines of size / 2 frequencies, then their sines."""
+    exponents = torch.arange(0, rotary.size, 2).float() / rotary.size
+    frequencies = 1.0 / rotary.theta**exponents
+    if isinstance(rotary.scaling, Llama3Scaling):
+        frequencies = _stretched(frequencies, rotary.scaling)
+    elif isinstance(rotary.scaling, LinearScaling):
+        frequencies = frequencies / rotary.scaling.factor
     angles = torch.outer(torch.arange(max_positions).float(), frequencies)
     return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
 

@@ -260,6 +260,9 @@ class CpuKernels:
         num_heads: int,
         num_kv_heads: int,
         head_size: int,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
     ) -> torch.Tensor:
         tokens, width = qkv.shape
         key = kv.key
@@ -309,6 +312,7 @@ class CpuKernels:
         head_size: int,
         scale: float,
         window: int = 0,
+        softcap: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, width = q.shape
         key, table = kv.key, batch.block_table

@@ -42,9 +42,10 @@ class PackedLinear:
 
     @property
     def num_bytes(self) -> int:
-        """That one multiplication reads."""
+        """Of its values and scales without padding: what one multiplication must read."""
+        bits = {"plain": 8 * self.data.itemsize, "int8": 8, "int4": 4}[self.format]
         extra = sum(part.nbytes for part in (self.scales, self.offsets) if part is not None)
-        return self.data.nbytes + extra
+        return self.out_features * self.in_features * bits // 8 + extra
 
 
 FORMATS = ("plain", "int8", "int4")

@@ -63,6 +63,7 @@ class TiledKernels(ReferenceKernels):
         head_size: int,
         scale: float,
         window: int = 0,
+        softcap: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.zeros(len(q), num_heads, head_size)
         lse = torch.full((len(q), num_heads), -torch.inf)

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.config import ModelConfig, ModelError
+from models.config import ModelError
 from models.kv_cache import KVCache, bytes_per_block
 from models.ops.select import select_kernels, set_num_threads
 from models.platform import device_facts
-from models.registry import CausalLM, load_model, weights_fingerprint
+from models.registry import CausalLM, load_config, load_model, weights_fingerprint
 from serving.config import EngineSettings
 from serving.engine.request import Int32Array
 from serving.engine.runner import ModelRunner, StepResult
@@ -65,7 +65,7 @@ class Worker:
         dtype = getattr(torch, settings.dtype)
         started = time.perf_counter()
         try:
-            self.config = ModelConfig.from_folder(Path(settings.model_dir))
+            self.config = load_config(settings.model_dir)
             self.max_model_len = self._model_len(settings.max_model_len)
             kernels = select_kernels(device, dtype)
             self.model: CausalLM = load_model(

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from models.config import MAX_CONFIG_BYTES, Llama3Scaling, ModelConfig, ModelError
+from models.config import LinearScaling, Llama3Scaling, ModelConfig, ModelError, Rotary
+from models.fields import MAX_CONFIG_BYTES, Fields
+from models.registry import load_config, parse_config
 from tests.tiny import LLAMA3_ROPE, tiny_llama
 
 SIZES: dict[str, Any] = {
@@ -22,38 +24,46 @@ SIZES: dict[str, Any] = {
 }
 
 
+def parsed(config: dict[str, Any]) -> ModelConfig:
+    return parse_config(Fields(config))
+
+
 def test_absent_fields_have_transformers_defaults() -> None:
-    config = ModelConfig.from_dict(SIZES)
+    config = parsed(SIZES)
     assert (config.num_kv_heads, config.head_size) == (4, 16)
-    assert (config.rope_theta, config.rope_scaling, config.rms_norm_eps) == (10000.0, None, 1e-6)
-    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
+    assert (config.rotary, config.norm_eps) == (Rotary(theta=10000.0, size=16), 1e-6)
+    assert not (config.tie_word_embeddings or config.has_qkv_bias or config.has_output_bias or config.has_mlp_bias)
     assert (config.max_position_embeddings, config.eos_token_ids, config.bos_token_id) == (2048, (), None)
 
 
 def test_what_transformers_writes(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path, rope_parameters=LLAMA3_ROPE, attention_bias=True, eos_token_id=[5, 7])
-    config = ModelConfig.from_folder(folder)
+    config = load_config(folder)
     assert (config.num_heads, config.num_kv_heads, config.head_size, config.hidden_size) == (5, 1, 24, 80)
     assert (config.intermediate_size, config.vocab_size, config.num_layers) == (97, 131, 3)
-    assert config.rope_scaling == Llama3Scaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-    )
-    assert (config.rope_theta, config.attention_bias, config.mlp_bias) == (500000.0, True, False)
+    scaling = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+    assert config.rotary == Rotary(theta=500000.0, size=24, scaling=scaling)
+    assert (config.has_qkv_bias, config.has_output_bias, config.has_mlp_bias) == (True, True, False)
     assert (config.bos_token_id, config.eos_token_ids) == (0, (5, 7))
 
 
 @pytest.mark.parametrize("kind", ["rope_type", "type"])
 def test_rope_settings_of_older_versions(kind: str) -> None:
-    new = ModelConfig.from_dict({**SIZES, "rope_parameters": LLAMA3_ROPE})
+    new = parsed({**SIZES, "rope_parameters": LLAMA3_ROPE})
     scaling = {k: v for k, v in LLAMA3_ROPE.items() if k not in ("rope_type", "rope_theta")}
-    old = ModelConfig.from_dict({**SIZES, "rope_theta": 500000.0, "rope_scaling": {kind: "llama3", **scaling}})
+    old = parsed({**SIZES, "rope_theta": 500000.0, "rope_scaling": {kind: "llama3", **scaling}})
     assert new == old
+
+
+def test_linear_scaling() -> None:
+    config = parsed({**SIZES, "rope_scaling": {"type": "linear", "factor": 2}})
+    assert config.rotary == Rotary(theta=10000.0, size=16, scaling=LinearScaling(factor=2.0))
 
 
 def test_generation_config_wins_for_special_tokens(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SIZES, "eos_token_id": 2, "bos_token_id": 1}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9, 2], "bos_token_id": None}))
-    config = ModelConfig.from_folder(tmp_path)
+    config = load_config(tmp_path)
     assert (config.eos_token_ids, config.bos_token_id) == ((2, 9), 1)
 
 
@@ -69,14 +79,14 @@ def test_generation_config_wins_for_special_tokens(tmp_path: Path) -> None:
         ({"num_hidden_layers": 2.0}, "num_hidden_layers .*; got 2.0"),
         ({"hidden_size": 66}, "hidden_size must be a multiple of num_attention_heads .*; got 66 and 4"),
         ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads; got 4 and 3"),
-        ({"head_dim": 15}, "head_dim must be even .*; got 15"),
+        ({"head_dim": 15}, "head_dim must be even .*; got 1 of 15"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be a positive number; got -1e-06"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a positive number; got nan"),
         ({"rope_theta": "10000"}, "rope_theta must be a positive number; got '10000'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false; got 'yes'"),
-        ({"hidden_act": "gelu"}, "hidden_act must be 'silu'; got 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type must be one of default, llama3; got 'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type .*; got 'linear'"),
+        ({"hidden_act": "gelu"}, "hidden_act must be one of silu; got 'gelu'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type must be one of default, linear, llama3; got 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor must be a positive number; got 0"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters: low_freq_factor is missing"),
         ({"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "high_freq_factor must be above"),
         ({"rope_parameters": [1]}, r"rope_parameters must be an object; got \[1\]"),
@@ -89,7 +99,7 @@ def test_generation_config_wins_for_special_tokens(tmp_path: Path) -> None:
 )
 def test_wrong_fields_are_named_with_limit_and_value(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words):
-        ModelConfig.from_dict({**SIZES, **change})
+        parsed({**SIZES, **change})
 
 
 @pytest.mark.parametrize(
@@ -107,10 +117,10 @@ def test_broken_files(tmp_path: Path, content: bytes | None, words: str) -> None
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ModelError, match=words):
-        ModelConfig.from_folder(tmp_path)
+        load_config(tmp_path)
 
 
 def test_long_values_are_cut_in_messages() -> None:
     with pytest.raises(ModelError) as caught:
-        ModelConfig.from_dict({**SIZES, "model_type": ["x" * 10_000]})
+        parsed({**SIZES, "model_type": ["x" * 10_000]})
     assert len(str(caught.value)) < 200

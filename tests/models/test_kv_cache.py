@@ -8,21 +8,25 @@ import pytest
 import torch
 
 from models.config import ModelConfig
+from models.fields import Fields
 from models.kv_cache import KVCache, bytes_per_block, bytes_per_token
 from models.ops.reference import ReferenceKernels
 from models.parallel import Stages
+from models.registry import parse_config
 
-CONFIG = ModelConfig.from_dict(
-    {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "intermediate_size": 96,
-        "vocab_size": 300,
-    }
+CONFIG = parse_config(
+    Fields(
+        {
+            "model_type": "llama",
+            "hidden_size": 64,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "intermediate_size": 96,
+            "vocab_size": 300,
+        }
+    )
 )
 
 
@@ -40,8 +44,7 @@ def test_smollm2_costs_what_the_arithmetic_says() -> None:
         hidden_size=576,
         intermediate_size=1536,
         vocab_size=49152,
-        rms_norm_eps=1e-5,
-        rope_theta=1e5,
+        norm_eps=1e-5,
         **fields,
     )
     assert bytes_per_token(config, torch.bfloat16) == 23_040

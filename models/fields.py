@@ -1,0 +1,227 @@
+"""`config.json` as Hugging Face writes it: typed access, and the fields that architectures share."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+from models.config import LinearScaling, Llama3Scaling, ModelError, Rotary
+
+MAX_CONFIG_BYTES = 1 << 20
+_MAX_SIZE = 1 << 24  # no dimension of a real model comes near; beyond it a config is broken or hostile
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""By Hugging Face's names."""
+
+
+class Heads(TypedDict):
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+
+class Special(TypedDict):
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+
+class Fields:
+    """Typed access to one JSON object; null counts as absent, as transformers writes it.
+
+    Every method raises ModelError naming the field, what is allowed and what is there.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        where: str = "config.json: ",
+        generation: Mapping[str, Any] | None = None,
+    ) -> None:
+        """generation: `generation_config.json`, which wins for the special tokens as in transformers."""
+        self.values = values
+        self.where = where
+        self._generation = generation or {}
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise ModelError(f"{self.where}{name} is missing")
+        return value
+
+    def has(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def size(self, name: str, default: int | None = None, least: int = 1) -> int:
+        value = self._get(name, default)
+        if type(value) is not int or not least <= value <= _MAX_SIZE:
+            raise ModelError(f"{self.where}{name} must be an integer from {least} to {_MAX_SIZE}; got {shown(value)}")
+        return value
+
+    def positive(self, name: str, default: float | None = None) -> float:
+        value = self._get(name, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            raise ModelError(f"{self.where}{name} must be a positive number; got {shown(value)}")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self._get(name, default)
+        if type(value) is not bool:
+            raise ModelError(f"{self.where}{name} must be true or false; got {shown(value)}")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self._get(name, default)
+        if type(value) is not str:
+            raise ModelError(f"{self.where}{name} must be a string; got {shown(value)}")
+        return value
+
+    def one_of(self, name: str, allowed: tuple[object, ...], default: object = None) -> Any:
+        """For settings whose other values we do not compute."""
+        value = self._get(name, default)
+        if not any(value is item or value == item for item in allowed):
+            names = ", ".join(str(item) for item in allowed)
+            raise ModelError(f"{self.where}{name} must be one of {names}; got {shown(value)}")
+        return value
+
+    def activation(self, name: str, default: str, allowed: tuple[str, ...] = tuple(_ACTIVATIONS)) -> str:
+        """The activation under our kernels' name; `allowed` in Hugging Face's names."""
+        return _ACTIVATIONS[self.one_of(name, allowed, default)]
+
+    # --- what architectures share ---------------------------------------------------------------
+
+    def heads(
+        self,
+        hidden_size: str = "hidden_size",
+        num_heads: str = "num_attention_heads",
+        num_kv_heads: str = "num_key_value_heads",
+        head_size: str = "head_dim",
+    ) -> Heads:
+        """Width and heads; KV heads are as many as heads and the head size is width / heads unless said."""
+        width, heads = self.size(hidden_size), self.size(num_heads)
+        if not self.has(head_size) and width % heads:
+            raise ModelError(
+                f"{self.where}{hidden_size} must be a multiple of {num_heads} when {head_size} is absent; "
+                f"got {width} and {heads}"
+            )
+        kv_heads = self.size(num_kv_heads, heads)
+        if heads % kv_heads:
+            raise ModelError(
+                f"{self.where}{num_heads} must be a multiple of {num_kv_heads}; got {heads} and {kv_heads}"
+            )
+        size = self.size(head_size, width // heads)
+        return {"hidden_size": width, "num_heads": heads, "num_kv_heads": kv_heads, "head_size": size}
+
+    def special_tokens(self) -> Special:
+        vocab_size = self.size("vocab_size")
+        special = {**self.values, **{k: v for k, v in self._generation.items() if v is not None}}
+        bos = _token_ids(special, "bos_token_id", vocab_size)
+        return {
+            "eos_token_ids": _token_ids(special, "eos_token_id", vocab_size),
+            "bos_token_id": bos[0] if bos else None,
+        }
+
+    def rotary(
+        self,
+        head_size: int,
+        default_theta: float = 10000.0,
+        layer_type: str = "",
+        is_partial: bool = False,
+        default_part: float = 1.0,
+    ) -> Rotary:
+        """RoPE settings under one roof. is_partial: whether the architecture may rotate a part of each head.
+
+        transformers 5 writes `rope_parameters` (by layer type where those differ: name one then), older
+        versions `rope_theta` beside an optional `rope_scaling`, whose kind was once called `type`.
+        """
+        name = "rope_parameters" if self.has("rope_parameters") else "rope_scaling"
+        nested = self.values.get(name)
+        if isinstance(nested, Mapping) and layer_type in nested:
+            nested = nested[layer_type]
+        if nested is None:
+            nested = {}
+        if not isinstance(nested, Mapping):
+            raise ModelError(f"{self.where}{name} must be an object; got {shown(nested)}")
+        settings = {"rope_theta": self.values.get("rope_theta"), **nested}
+        settings["rope_type"] = nested.get("rope_type") or nested.get("type") or "default"
+        if settings.get("partial_rotary_factor") is None:
+            settings["partial_rotary_factor"] = self.values.get("partial_rotary_factor")
+        rope = Fields(settings, f"{self.where}{name}: " if nested else self.where)
+        part = rope.positive("partial_rotary_factor", default_part)
+        size = int(head_size * part)
+        if part > 1 or (part != 1 and not is_partial):
+            limit = "at most 1" if is_partial else "1"
+            raise ModelError(f"{rope.where}partial_rotary_factor must be {limit}; got {part:g}")
+        if not size or size % 2:
+            raise ModelError(f"{rope.where}head_dim must be even for rotary embeddings; got {part:g} of {head_size}")
+        return Rotary(theta=rope.positive("rope_theta", default_theta), size=size, scaling=self._scaling(rope))
+
+    def _scaling(self, rope: Fields) -> Llama3Scaling | LinearScaling | None:
+        kind = rope.one_of("rope_type", ("default", "linear", "llama3"))
+        if kind == "default":
+            return None
+        if kind == "linear":
+            return LinearScaling(factor=rope.positive("factor"))
+        positions = self.size("max_position_embeddings", 2048)
+        scaling = Llama3Scaling(
+            factor=rope.positive("factor"),
+            low_freq_factor=rope.positive("low_freq_factor"),
+            high_freq_factor=rope.positive("high_freq_factor"),
+            original_max_position_embeddings=rope.size("original_max_position_embeddings", positions),
+        )
+        if scaling.high_freq_factor <= scaling.low_freq_factor:
+            raise ModelError(
+                f"{rope.where}high_freq_factor must be above low_freq_factor; "
+                f"got {scaling.high_freq_factor} and {scaling.low_freq_factor}"
+            )
+        return scaling
+
+
+def read_fields(folder: Path) -> Fields:
+    """`config.json` and, where present, `generation_config.json`. Raises ModelError."""
+    generation = folder / "generation_config.json"
+    return Fields(
+        _load_object(folder / "config.json"), generation=_load_object(generation) if generation.exists() else None
+    )
+
+
+def _token_ids(special: Mapping[str, Any], name: str, vocab_size: int) -> tuple[int, ...]:
+    value = special.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise ModelError(f"{name} must hold token ids from 0 to {vocab_size - 1}; got {shown(token_id)}")
+    return tuple(dict.fromkeys(ids))
+
+
+def _load_object(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ModelError(f"{path.name}: {path.stat().st_size} bytes; the limit is {MAX_CONFIG_BYTES}")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path.name} cannot be read in {path.parent}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path.name} must hold a JSON object; got {shown(value)}")
+    return value
+
+
+def shown(value: object) -> str:
+    """A value as an error message quotes it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
