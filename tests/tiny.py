@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -29,12 +29,36 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_llama(folder: Path | str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """Write a random Llama of unusual shape; `overrides` are fields of transformers' LlamaConfig.
+def tiny_checkpoint(
+    folder: Path | str,
+    config_class: type[PretrainedConfig],
+    fields: dict[str, Any],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a random decoder of any architecture; `fields` are those of its configuration class.
 
-    Weights are wide (std 0.1), and norms and biases random, so that a wrong one shows.
+    The matrices are as wide as the configuration says (`initializer_range`, `init_std`: 0.1 is wide enough for a
+    wrong one to show); norms and biases get noise, so that one which is left out shows.
     """
     folder = Path(folder)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config_class(**fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                noise = torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator)
+                parameter.add_(noise)
+    torch.nn.Module.to(model, dtype)  # transformers' own wrapper has no usable type
+    model.save_pretrained(folder)
+    return folder
+
+
+def tiny_llama(folder: Path | str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+    """Write a random Llama of unusual shape; `overrides` are fields of transformers' LlamaConfig."""
     fields: dict[str, Any] = {
         "hidden_size": 80,
         "num_hidden_layers": 3,
@@ -49,18 +73,7 @@ def tiny_llama(folder: Path | str, *, seed: int = 0, dtype: torch.dtype = torch.
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**{**fields, **overrides}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                noise = torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator)
-                parameter.add_(noise)
-    torch.nn.Module.to(model, dtype)  # transformers' own wrapper has no usable type
-    model.save_pretrained(folder)
-    return folder
+    return tiny_checkpoint(folder, LlamaConfig, {**fields, **overrides}, seed=seed, dtype=dtype)
 
 
 def tiny_model_folder(path: Path | str, seed: int = 0, **overrides: Any) -> Path:

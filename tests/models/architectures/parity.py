@@ -1,0 +1,64 @@
+"""One checkpoint computed by transformers and by us: the same logits, however the work was cut (C4, C7).
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parity(variant: str, kernels: Kernels, tmp_path: Path) -> None:
+    Case(tiny_checkpoint(tmp_path, GPT2Config, {**FIELDS, **VARIANTS[variant]})).assert_parity(kernels)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from models.ops.kernels import Kernels
+from models.registry import load_model
+from tests.models.paged import Sequences, advance_at_random
+
+TOLERANCE = 1e-4
+LENGTHS = (2, 17, 33, 90)
+"""In tokens; blocks have 16."""
+
+
+def some_tokens(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[torch.Tensor]:
+    """int64 [length] of every sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab_size, (length,), generator=generator) for length in lengths]
+
+
+class Case:
+    """A folder, some sequences, and transformers' fp32 logits of them."""
+
+    def __init__(self, folder: Path, lengths: Sequence[int] = LENGTHS) -> None:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        self.folder = folder
+        self.tokens = some_tokens(lengths, theirs.config.get_text_config().vocab_size)
+        with torch.inference_mode():
+            self.expected: list[torch.Tensor] = [
+                theirs(input_ids=ids[None], use_cache=False).logits[0] for ids in self.tokens
+            ]
+
+    def assert_parity(self, kernels: Kernels, num_shuffles: int = 2) -> None:
+        """Whole prompts, then chunks and decodes of all sequences mixed at random."""
+        model = load_model(self.folder, dtype="float32", kernels=kernels)
+        for ids, expected in zip(self.tokens, self.expected, strict=True):
+            whole = Sequences(model, [ids], torch.float32)
+            whole.step([(0, len(ids))])
+            assert_close(whole.all_logits(0), expected)
+        for seed in range(num_shuffles):
+            mixed = Sequences(model, self.tokens, torch.float32, seed)
+            advance_at_random(mixed, random.Random(seed), max_count=23)
+            for sequence, expected in enumerate(self.expected):
+                assert_close(mixed.all_logits(sequence), expected)
+
+
+def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    assert ours.dtype == torch.float32
+    assert ours.shape == expected.shape
+    difference = (ours - expected).abs().max().item()
+    assert difference <= TOLERANCE, f"logits differ by {difference:.2g}"
+    # Uniform logits would agree whatever the layers did.
+    assert expected.std().item() > 100 * TOLERANCE
