@@ -1,6 +1,7 @@
 """The CPU kernels: one C++ source, one extension per instruction set, chosen at run time by models/ops/cpu.py.
+Beside them the shared memory between ranks.
 
-Optional: without a compiler the package installs and serves with the tiled torch kernels (C4).
+Optional: without a compiler the package installs and serves with the tiled torch kernels (C4) and gloo.
 """
 
 import pathlib
@@ -46,5 +47,15 @@ setup(
             optional=True,
         )
         for name, march in VARIANTS.items()
+    ]
+    + [
+        Extension(
+            "models.transports._shared_memory",
+            sources=["models/transports/shared_memory.cpp"],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+        )
     ],
 )

@@ -7,20 +7,27 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from models.config import ModelError
 
 
+class TransportError(RuntimeError):
+    """A peer has gone, is late or is elsewhere in the program; or the transport was closed. The gang is over."""
+
+
 class Transport(Protocol):
-    """Moves equal-shaped tensors among the ranks of a group."""
+    """Moves equal-shaped tensors among the ranks of a group. One thread uses it."""
 
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's `x`, in rank order. The parts may be reused by the next call."""
         ...
 
     def all_reduce(self, x: torch.Tensor) -> None:
-        """Sum over the ranks, in place. Called with two ranks only."""
+        """Sum over the ranks, in place, as `sum_in_order` adds: the same bits on every rank (C4)."""
+        ...
+
+    def close(self) -> None:
+        """Any thread: waits of this process end with TransportError."""
         ...
 
 
@@ -35,20 +42,9 @@ class Link(Protocol):
         """The next tensor, which must have `shape`. It is the caller's to overwrite."""
         ...
 
-
-class DistributedTransport:
-    """torch.distributed's gloo or NCCL."""
-
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self._process_group = process_group
-
-    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        parts = [torch.empty_like(x) for _ in range(self._process_group.size())]
-        dist.all_gather(parts, x, group=self._process_group)
-        return parts
-
-    def all_reduce(self, x: torch.Tensor) -> None:
-        dist.all_reduce(x, group=self._process_group)
+    def close(self) -> None:
+        """Any thread: waits of this process end with TransportError."""
+        ...
 
 
 class Group:
@@ -64,23 +60,16 @@ class Group:
         self._transport = transport
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum `x` over the ranks, in place; the same bits on every rank and in every run (C4).
-
-        Two addends commute. With more, a ring's order of additions depends on size and rank, so
-        the parts are gathered and summed in rank order.
-        """
-        if self._transport is None:
-            return x
-        if self.size == 2:
+        """Sum `x` over the ranks, in place; the same bits on every rank and in every run (C4)."""
+        if self._transport is not None:
             self._transport.all_reduce(x)
-            return x
-        return sum_in_order(self._transport.all_gather(x.contiguous()), out=x)
+        return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[M, N] of every rank -> [M, size * N], in rank order."""
         if self._transport is None:
             return x
-        return torch.cat(self._transport.all_gather(x.contiguous()), dim=-1)
+        return torch.cat(self._transport.all_gather(x), dim=-1)
 
     def share(self, total: int) -> range:
         """This rank's contiguous part of `total` items; parts differ by one at most."""
