@@ -176,12 +176,44 @@ PyObject* py_rms_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return launch(args, [&] { rms_norm(x, weight, format, out, rows, n, eps); });
 }
 
-PyObject* py_silu_mul(PyObject*, PyObject* const* values, Py_ssize_t count) {
+PyObject* py_layer_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments args(values, count);
+  LayerNorm a;
+  a.x = args.pointer<const float>();
+  a.weight = args.pointer<const void>();
+  a.weight_format = int(args.integer());
+  a.bias = args.pointer<const void>();
+  a.bias_format = int(args.integer());
+  a.out = args.pointer<float>();
+  a.rows = args.integer(), a.n = args.integer();
+  a.eps = float(args.real());
+  return launch(args, [&] { layer_norm(a); });
+}
+
+PyObject* py_gate_mul(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments args(values, count);
   auto* gate_up = args.pointer<const float>();
   auto* out = args.pointer<float>();
   int64_t rows = args.integer(), n = args.integer();
-  return launch(args, [&] { silu_mul(gate_up, out, rows, n); });
+  int activation = int(args.integer());
+  return launch(args, [&] { gate_mul(gate_up, out, rows, n, activation); });
+}
+
+PyObject* py_activate(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments args(values, count);
+  auto* x = args.pointer<const float>();
+  auto* out = args.pointer<float>();
+  int64_t size = args.integer();
+  int activation = int(args.integer());
+  return launch(args, [&] { activate(x, out, size, activation); });
+}
+
+PyObject* py_soft_cap(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments args(values, count);
+  auto* x = args.pointer<float>();
+  int64_t size = args.integer();
+  float cap = float(args.real());
+  return launch(args, [&] { soft_cap(x, size, cap); });
 }
 
 PyObject* py_gather_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -211,6 +243,11 @@ PyObject* py_rope_store(PyObject*, PyObject* const* values, Py_ssize_t count) {
   a.block = args.integer(), a.num_blocks = args.integer(), a.tokens = args.integer();
   a.heads = int(args.integer()), a.kv_heads = int(args.integer()), a.size = int(args.integer());
   a.q = args.pointer<float>();
+  a.q_norm = args.pointer<const void>();
+  a.q_norm_format = int(args.integer());
+  a.k_norm = args.pointer<const void>();
+  a.k_norm_format = int(args.integer());
+  a.eps = float(args.real());
   return launch(args, [&] { rope_store(a); });
 }
 
@@ -229,6 +266,7 @@ PyObject* py_attention(PyObject*, PyObject* const* values, Py_ssize_t count) {
   a.block = args.integer(), a.num_blocks = args.integer();
   a.scale = float(args.real());
   a.window = args.integer();
+  a.softcap = float(args.real());
   a.out = args.pointer<float>();
   a.lse = args.pointer<float>();
   return launch(args, [&] { attention(a); });
@@ -236,9 +274,9 @@ PyObject* py_attention(PyObject*, PyObject* const* values, Py_ssize_t count) {
 
 #define METHOD(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_##name)), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
-    METHOD(set_num_threads), METHOD(num_threads), METHOD(pack),        METHOD(linear),
-    METHOD(rms_norm),        METHOD(silu_mul),    METHOD(gather_rows), METHOD(rope_store),
-    METHOD(attention),       METHOD(variants),    METHOD(advise_huge), METHOD(has_dot),
+    METHOD(set_num_threads), METHOD(num_threads), METHOD(pack),       METHOD(linear),      METHOD(rms_norm),
+    METHOD(layer_norm),      METHOD(gate_mul),    METHOD(activate),   METHOD(soft_cap),    METHOD(gather_rows),
+    METHOD(rope_store),      METHOD(attention),   METHOD(variants),   METHOD(advise_huge), METHOD(has_dot),
     {nullptr, nullptr, 0, nullptr},
 };
 

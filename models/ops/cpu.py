@@ -14,16 +14,13 @@ import importlib
 import math
 import types
 
-import numpy as np
 import torch
 
-from models.batch import Batch
-from models.ops.kernels import LayerKV, PackedLinear
+from models.ops.cpu_attention import PagedAttention
+from models.ops.cpu_tensors import FORMATS, Arena, format_of, refuse
+from models.ops.kernels import ACTIVATIONS, GATES, PackedLinear
 
 PANEL = 32  # outputs per panel of a packed weight (cpu_linear.h)
-MAX_HEAD_SIZE = 256
-
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _F32 = torch.float32
 _I32 = torch.int32
 
@@ -43,62 +40,8 @@ def load_extension() -> types.ModuleType | None:
     return baseline
 
 
-def _format(tensor: torch.Tensor, what: str) -> int:
-    try:
-        return _FORMATS[tensor.dtype]
-    except KeyError:
-        raise ValueError(f"{what} must be float32 or bfloat16; got {tensor.dtype}") from None
-
-
-def _refuse(what: str, wanted: str, tensor: torch.Tensor) -> ValueError:
-    layout = "" if tensor.is_contiguous() else ", not contiguous"
-    return ValueError(f"{what} must be contiguous {wanted}; got {tensor.dtype} {list(tensor.shape)}{layout}")
-
-
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros whose pages the system provides when they are first written: gigabytes in no time.
-
-    torch.zeros touches every page at once. Aligned to a cache line.
-    """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    raw = torch.from_numpy(np.zeros(num_bytes + 64, np.uint8))
-    skip = -raw.data_ptr() % 64
-    return raw[skip : skip + num_bytes].view(dtype).view(shape)
-
-
-class Arena:
-    """Memory that lives as long as what lies in it, on huge pages where the system grants them.
-
-    A weight of its own is too small for pages of 2 MiB, and 4 KiB pages halve the rate at which weights are read
-    (measured: 134M parameters in 13.4 ms by one thread, 9.2 ms from an arena).
-    """
-
-    CHUNK = 32 << 20
-    _HUGE = 2 << 20
-
-    def __init__(self, extension: types.ModuleType) -> None:
-        self._advise_huge = extension.advise_huge
-        self._free = torch.empty(0, dtype=torch.uint8)
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised, aligned to a cache line."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        size = -(-num_bytes // 64) * 64
-        if size > len(self._free):
-            room = -(-max(size, self.CHUNK) // self._HUGE) * self._HUGE
-            raw = torch.empty(room + self._HUGE, dtype=torch.uint8)
-            skip = -raw.data_ptr() % self._HUGE
-            chunk = raw[skip : skip + room]
-            self._advise_huge(chunk.data_ptr(), room)
-            if room - size < len(self._free):  # what is left of the old chunk is worth more
-                return chunk[:num_bytes].view(dtype).view(shape)
-            self._free = chunk
-        taken, self._free = self._free[:num_bytes], self._free[size:]
-        return taken.view(dtype).view(shape)
-
-
-class CpuKernels:
-    """Key layout [blocks, kv_heads, head_size, block_size], value layout [blocks, kv_heads, block_size, head_size]."""
+class CpuKernels(PagedAttention):
+    """Linears and kernels that treat every row alone; `PagedAttention` has those that touch the KV cache."""
 
     is_exact = True
     activation_dtype = torch.float32
@@ -117,9 +60,8 @@ class CpuKernels:
         self._arena = Arena(extension)
         self._linear = extension.linear
         self._rms_norm = extension.rms_norm
-        self._silu_mul = extension.silu_mul
-        self._rope_store = extension.rope_store
-        self._attention = extension.attention
+        self._gate_mul = extension.gate_mul
+        self._activate = extension.activate
 
     def set_num_threads(self, num_threads: int) -> None:
         """Threads of every kernel of this extension in this process (1 until set)."""
@@ -147,7 +89,7 @@ class CpuKernels:
             )
         source = rows.to(data.dtype).contiguous()
         panel = data[first_row // PANEL :]
-        self.extension.pack(source.data_ptr(), panel.data_ptr(), _FORMATS[data.dtype], num_rows, width)
+        self.extension.pack(source.data_ptr(), panel.data_ptr(), FORMATS[data.dtype], num_rows, width)
 
     def pack_codes(
         self,
@@ -160,7 +102,8 @@ class CpuKernels:
         raise ValueError(f"{self.name} kernels multiply plain weights only; got {packed.format!r}")
 
     def pack(self, weight: torch.Tensor) -> PackedLinear:
-        packed = self.empty_packed(*weight.shape, weight.dtype)
+        out_features, in_features = weight.shape
+        packed = self.empty_packed(out_features, in_features, weight.dtype)
         self.pack_rows(packed, 0, weight)
         return packed
 
@@ -174,23 +117,23 @@ class CpuKernels:
         m, k = x.shape
         n = weight.out_features
         if k != weight.in_features or x.dtype is not _F32 or not x.is_contiguous():
-            raise _refuse("x", f"float32 [tokens, {weight.in_features}]", x)
+            raise refuse("x", f"float32 [tokens, {weight.in_features}]", x)
         if residual is None:
             out = torch.empty(m, n)
         else:
             out = residual
             if out.shape != (m, n) or out.dtype is not _F32 or not out.is_contiguous():
-                raise _refuse("residual", f"float32 [{m}, {n}]", out)
+                raise refuse("residual", f"float32 [{m}, {n}]", out)
         address = bias_format = 0
         if bias is not None:
             if bias.shape != (n,) or not bias.is_contiguous():
-                raise _refuse("bias", f"[{n}]", bias)
-            address, bias_format = bias.data_ptr(), _format(bias, "bias")
+                raise refuse("bias", f"[{n}]", bias)
+            address, bias_format = bias.data_ptr(), format_of(bias, "bias")
         data = weight.data
         self._linear(
             x.data_ptr(),
             data.data_ptr(),
-            _FORMATS[data.dtype],
+            FORMATS[data.dtype],
             address,
             bias_format,
             out.data_ptr(),
@@ -204,154 +147,74 @@ class CpuKernels:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         rows, n = x.shape
         if x.dtype is not _F32 or not x.is_contiguous():
-            raise _refuse("x", "float32", x)
+            raise refuse("x", "float32", x)
         if weight.shape != (n,) or not weight.is_contiguous():
-            raise _refuse("weight", f"[{n}]", weight)
+            raise refuse("weight", f"[{n}]", weight)
         out = torch.empty(rows, n)
-        self._rms_norm(x.data_ptr(), weight.data_ptr(), _format(weight, "weight"), out.data_ptr(), rows, n, eps)
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), format_of(weight, "weight"), out.data_ptr(), rows, n, eps)
+        return out
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        rows, n = x.shape
+        if x.dtype is not _F32 or not x.is_contiguous():
+            raise refuse("x", "float32", x)
+        if weight.shape != (n,) or not weight.is_contiguous():
+            raise refuse("weight", f"[{n}]", weight)
+        address = bias_format = 0
+        if bias is not None:
+            if bias.shape != (n,) or not bias.is_contiguous():
+                raise refuse("bias", f"[{n}]", bias)
+            address, bias_format = bias.data_ptr(), format_of(bias, "bias")
+        out = torch.empty(rows, n)
+        self.extension.layer_norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            format_of(weight, "weight"),
+            address,
+            bias_format,
+            out.data_ptr(),
+            rows,
+            n,
+            eps,
+        )
         return out
 
     def gate_mul(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-        if activation != "silu":
-            raise ValueError(f"activation must be one of silu; got {activation!r}")
+        if activation not in GATES:
+            raise ValueError(f"activation must be one of {', '.join(GATES)}; got {activation!r}")
         rows, n = gate_up.shape
         if gate_up.dtype is not _F32 or not gate_up.is_contiguous() or n % 2:
-            raise _refuse("gate_up", "float32 [tokens, 2 * intermediate]", gate_up)
+            raise refuse("gate_up", "float32 [tokens, 2 * intermediate]", gate_up)
         out = torch.empty(rows, n // 2)
-        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, n // 2)
+        self._gate_mul(gate_up.data_ptr(), out.data_ptr(), rows, n // 2, ACTIVATIONS.index(activation))
         return out
+
+    def activate(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        if x.dtype is not _F32 or not x.is_contiguous():
+            raise refuse("x", "float32", x)
+        out = torch.empty(x.shape)
+        self._activate(x.data_ptr(), out.data_ptr(), x.numel(), ACTIVATIONS.index(activation))
+        return out
+
+    def soft_cap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        if not 0 < cap < math.inf:
+            raise ValueError(f"cap must be positive and finite; got {cap}")
+        if x.dtype is not _F32 or not x.is_contiguous():
+            raise refuse("x", "float32", x)
+        self.extension.soft_cap(x.data_ptr(), x.numel(), cap)
+        return x
 
     def gather_rows(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """table [V, H], ids int32 [T] -> float32 [T, H]. Raises ValueError for an id outside the table."""
         if ids.dtype is not _I32 or ids.dim() != 1 or not ids.is_contiguous():
-            raise _refuse("ids", "int32 [tokens]", ids)
+            raise refuse("ids", "int32 [tokens]", ids)
         if table.dim() != 2 or not table.is_contiguous():
-            raise _refuse("table", "[vocabulary, features]", table)
+            raise refuse("table", "[vocabulary, features]", table)
         rows, width = len(ids), table.shape[1]
         out = torch.empty(rows, width)
         self.extension.gather_rows(
-            table.data_ptr(), _format(table, "table"), ids.data_ptr(), out.data_ptr(), rows, width, len(table)
+            table.data_ptr(), format_of(table, "table"), ids.data_ptr(), out.data_ptr(), rows, width, len(table)
         )
         return out
-
-    def allocate_kv(
-        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
-    ) -> list[LayerKV]:
-        """Raises ValueError for a block size that is no multiple of 16, an odd or too large head, an unknown dtype."""
-        if block_size < 1 or block_size % 16:
-            raise ValueError(f"block_size must be a multiple of 16; got {block_size}")
-        if not 0 < head_size <= MAX_HEAD_SIZE or head_size % 2:
-            raise ValueError(f"head_size must be even and at most {MAX_HEAD_SIZE}; got {head_size}")
-        if dtype not in _FORMATS:
-            raise ValueError(f"KV dtype must be float32 or bfloat16; got {dtype}")
-        key, value = (
-            (num_blocks, num_kv_heads, head_size, block_size),
-            (num_blocks, num_kv_heads, block_size, head_size),
-        )
-        return [LayerKV(_untouched_zeros(key, dtype), _untouched_zeros(value, dtype)) for _ in range(num_layers)]
-
-    def rope_store(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor | None,
-        kv: LayerKV,
-        slot_mapping: torch.Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        q_norm: torch.Tensor | None = None,
-        k_norm: torch.Tensor | None = None,
-        eps: float = 0.0,
-    ) -> torch.Tensor:
-        tokens, width = qkv.shape
-        key = kv.key
-        num_blocks, kv_heads, size, block_size = key.shape
-        if width != (num_heads + 2 * num_kv_heads) * head_size or qkv.dtype is not _F32 or not qkv.is_contiguous():
-            raise _refuse("qkv", f"float32 [tokens, {(num_heads + 2 * num_kv_heads) * head_size}]", qkv)
-        if kv_heads != num_kv_heads or size != head_size:
-            raise ValueError(f"KV holds {kv_heads} heads of {size}; got {num_kv_heads} of {head_size}")
-        if slot_mapping.dtype is not _I32 or slot_mapping.shape != (tokens,) or not slot_mapping.is_contiguous():
-            raise _refuse("slot_mapping", f"int32 [{tokens}]", slot_mapping)
-        if positions.dtype is not _I32 or positions.shape != (tokens,) or not positions.is_contiguous():
-            raise _refuse("positions", f"int32 [{tokens}]", positions)
-        table = half = max_positions = 0
-        if cos_sin is not None:
-            max_positions, rotary = cos_sin.shape
-            if cos_sin.dtype is not _F32 or not cos_sin.is_contiguous() or rotary > head_size or rotary % 2:
-                raise _refuse("cos_sin", f"float32 [positions, even, at most {head_size}]", cos_sin)
-            table, half = cos_sin.data_ptr(), rotary // 2
-        q = torch.empty(tokens, num_heads * head_size)
-        self._rope_store(
-            qkv.data_ptr(),
-            positions.data_ptr(),
-            slot_mapping.data_ptr(),
-            table,
-            half,
-            max_positions,
-            key.data_ptr(),
-            kv.value.data_ptr(),
-            _FORMATS[key.dtype],
-            block_size,
-            num_blocks,
-            tokens,
-            num_heads,
-            num_kv_heads,
-            head_size,
-            q.data_ptr(),
-        )
-        return q
-
-    def attention(
-        self,
-        q: torch.Tensor,
-        kv: LayerKV,
-        batch: Batch,
-        num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, width = q.shape
-        key, table = kv.key, batch.block_table
-        num_blocks, kv_heads, size, block_size = key.shape
-        rows, table_width = table.shape
-        starts, lengths = batch.query_start_loc, batch.seq_lens
-        if width != num_heads * head_size or q.dtype is not _F32 or not q.is_contiguous():
-            raise _refuse("q", f"float32 [tokens, {num_heads * head_size}]", q)
-        if kv_heads != num_kv_heads or size != head_size or num_heads % num_kv_heads:
-            raise ValueError(f"KV holds {kv_heads} heads of {size}; got {num_heads} over {num_kv_heads} of {head_size}")
-        if starts.dtype is not _I32 or len(starts) != rows + 1 or not starts.is_contiguous():
-            raise _refuse("query_start_loc", f"int32 [{rows + 1}]", starts)
-        if lengths.dtype is not _I32 or len(lengths) != rows or not lengths.is_contiguous():
-            raise _refuse("seq_lens", f"int32 [{rows}]", lengths)
-        if table.dtype is not _I32 or not table.is_contiguous():
-            raise _refuse("block_table", "int32 [rows, width]", table)
-        if window < 0 or not math.isfinite(scale):
-            raise ValueError(f"window must be at least 0 and scale finite; got {window} and {scale}")
-        out = torch.empty(tokens, width)
-        lse = torch.empty(tokens, num_heads)
-        self._attention(
-            q.data_ptr(),
-            key.data_ptr(),
-            kv.value.data_ptr(),
-            _FORMATS[key.dtype],
-            starts.data_ptr(),
-            lengths.data_ptr(),
-            table.data_ptr(),
-            rows,
-            table_width,
-            tokens,
-            num_heads,
-            num_kv_heads,
-            head_size,
-            block_size,
-            num_blocks,
-            scale,
-            window,
-            out.data_ptr(),
-            lse.data_ptr(),
-        )
-        return out, lse

@@ -30,6 +30,7 @@ struct Attention {
   int64_t block, num_blocks;
   float scale;
   int64_t window;
+  float softcap;  // or 0
   float *out, *lse;
 };
 
@@ -228,6 +229,10 @@ class Walk {
     const vf lowest = splat(-INFINITY);
     vf s[kVectors];
     for (int i = 0; i < kVectors; i++) s[i] = load<vf>(scores + i * VL);
+    if (a_.softcap > 0) {
+      const vf cap = splat(a_.softcap), inverse = splat(1.0f / a_.softcap);
+      for (int i = 0; i < kVectors; i++) s[i] = soft_capped(s[i], cap, inverse);
+    }
     if (low > 0 || high < kTile) {
       const vi lanes = lane_index();
       for (int i = 0; i < kVectors; i++) {

@@ -1,4 +1,4 @@
-// Rotary positions (Su et al. 2021) and the write of keys and values into their slots.
+// Norms of heads, rotary positions (Su et al. 2021) and the write of keys and values into their slots.
 #pragma once
 
 #include "cpu_rows.h"
@@ -17,6 +17,28 @@ struct RopeStore {
   int64_t block, num_blocks, tokens;
   int heads, kv_heads, size;
   float* q;
+  const void *q_norm, *k_norm;  // [size], both or neither
+  int q_norm_format, k_norm_format;
+  float eps;
+};
+
+// Weights of a head's norm, widened once per call; `from` null = no norm.
+struct HeadNorm {
+  alignas(64) float weight[kMaxHead];
+  bool is_on;
+  float eps;
+  HeadNorm(const void* from, int format, int64_t size, float e) : is_on(from != nullptr), eps(e) {
+    if (is_on)
+      for_vectors(size, [&](int64_t i, int64_t n) { store_n(weight + i, load_as_float(from, format, i, n), n); });
+  }
+  INLINE const float* operator()(const float* head, float* memory, int64_t size) const {
+    if (!is_on) return head;
+    const vf scale = rms_scale(head, size, eps);
+    for_vectors(size, [&](int64_t i, int64_t n) {
+      store_n(memory + i, load_n(head + i, n) * scale * load_n(weight + i, n), n);
+    });
+    return memory;
+  }
 };
 
 INLINE void rotate(const float* from, float* to, const float* cosines, int64_t half, int64_t size) {
@@ -37,17 +59,19 @@ inline void rope_store(const RopeStore& a) {
   const int64_t all = a.heads + 2 * a.kv_heads;
   check_range("slot", a.slots, a.tokens, a.num_blocks * a.block);
   if (a.cos_sin) check_range("position", a.positions, a.tokens, a.max_positions);
+  const HeadNorm q_norm(a.q_norm, a.q_norm_format, a.size, a.eps), k_norm(a.k_norm, a.k_norm_format, a.size, a.eps);
   for_rows(a.tokens, all * a.size * 2, [&](int64_t t) {
+    float normed[kMaxHead];
     const float* from = a.qkv + t * all * a.size;
     const float* cosines = a.cos_sin ? a.cos_sin + a.positions[t] * 2 * a.half : nullptr;
     for (int h = 0; h < a.heads; h++)
-      rotate(from + h * a.size, a.q + (t * a.heads + h) * a.size, cosines, a.half, a.size);
+      rotate(q_norm(from + h * a.size, normed, a.size), a.q + (t * a.heads + h) * a.size, cosines, a.half, a.size);
     const int64_t block = a.slots[t] / a.block, offset = a.slots[t] % a.block;
     for (int h = 0; h < a.kv_heads; h++) {
       const int64_t base = (block * a.kv_heads + h) * a.block * a.size;
       const float* v = from + (a.heads + a.kv_heads + h) * a.size;
       float k[kMaxHead];
-      rotate(from + (a.heads + h) * a.size, k, cosines, a.half, a.size);
+      rotate(k_norm(from + (a.heads + h) * a.size, normed, a.size), k, cosines, a.half, a.size);
       if (a.format == kBfloat16) {
         uint16_t* key = reinterpret_cast<uint16_t*>(a.key) + base + offset;
         uint16_t* value = reinterpret_cast<uint16_t*>(a.value) + base + offset * a.size;

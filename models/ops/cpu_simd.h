@@ -178,25 +178,4 @@ INLINE vh narrow(vf f) {
   return __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), vh);
 }
 
-// e^x within 2 ulp; 0 below -86.6 (2.4e-38), inf above 88.7, NaN for NaN; exp(0) is exactly 1.
-// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a polynomial of degree 7 in r (Taylor: the remainder r^8 / 8! is under a
-// tenth of an ulp); 2^n is applied as 2^(n - 1) * 2, so that n = 128 overflows to inf by itself.
-INLINE vf vexp(vf x) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf capped = vmin(splat(89.0f), x);
-  const vf shifted = fma(capped, splat(1.44269504f), magic);
-  const vf n = shifted - magic;
-  vf r = fma(n, splat(-0.693359375f), capped);  // ln 2 in two parts; the first has 9 bits, so n * it is exact
-  r = fma(n, splat(2.12194440e-4f), r);
-  vf p = splat(1.0f / 5040.0f);
-  p = fma(p, r, splat(1.0f / 720.0f));
-  p = fma(p, r, splat(1.0f / 120.0f));
-  p = fma(p, r, splat(1.0f / 24.0f));
-  p = fma(p, r, splat(1.0f / 6.0f));
-  p = fma(p, r, splat(0.5f));
-  p = fma(p * r, r, r) + splat(1.0f);
-  const vu exponent = (bits<vu>(shifted) - bits<vu>(magic) + 126) << 23;
-  return select(x < splat(-86.6f), splat(0.0f), p * bits<vf>(exponent) * splat(2.0f));
-}
-
 }  // namespace argosy

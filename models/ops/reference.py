@@ -47,7 +47,8 @@ class ReferenceKernels:
         raise ValueError(f"{self.name} kernels multiply plain weights only; got {packed.format!r}")
 
     def pack(self, weight: torch.Tensor) -> PackedLinear:
-        packed = self.empty_packed(*weight.shape, weight.dtype)
+        out_features, in_features = weight.shape
+        packed = self.empty_packed(out_features, in_features, weight.dtype)
         self.pack_rows(packed, 0, weight)
         return packed
 

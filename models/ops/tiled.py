@@ -2,6 +2,8 @@
 
 A GEMM's bits depend on its shape, so every product here has one shape: linears take blocks of 16 rows, attention takes
 16 queries against 128 keys, both padded with zeros, and a query sits in its tile where its position puts it.
+Activations take blocks of 4096 values: torch's vectors and its loop over what is left behind them differ (measured: in
+4 % of all values of silu, in 33 % of gelu).
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from models.batch import Batch
-from models.ops.kernels import LayerKV, PackedLinear
+from models.ops.kernels import GATES, LayerKV, PackedLinear
 from models.ops.reference import ReferenceKernels
 
 ROWS = 16  # of a linear's block, and queries of an attention tile
 KEYS = 128  # keys of an attention tile
+VALUES = 4096  # of an elementwise block: whole vectors, and too few for torch to share among threads
 
 
 class TiledKernels(ReferenceKernels):
@@ -53,6 +56,18 @@ class TiledKernels(ReferenceKernels):
         out = torch.cat(blocks)[:rows] if blocks else x.new_zeros(0, weight.out_features)
         return out if residual is None else residual.add_(out)
 
+    def gate_mul(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        if activation not in GATES:
+            raise ValueError(f"activation must be one of {', '.join(GATES)}; got {activation!r}")
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activate(gate, activation).mul_(up)
+
+    def activate(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        activated = super().activate
+        blocks = F.pad(x.flatten(), (0, -x.numel() % VALUES)).view(-1, VALUES)
+        out = [activated(block, activation) for block in blocks]
+        return torch.cat(out)[: x.numel()].view(x.shape) if out else x.clone()
+
     def attention(
         self,
         q: torch.Tensor,
@@ -75,12 +90,18 @@ class TiledKernels(ReferenceKernels):
             while position < seq_len:
                 end = min(seq_len, position // ROWS * ROWS + ROWS)
                 here = slice(starts[row] + position - first_position, starts[row] + end - first_position)
-                out[here], lse[here] = self._tile(heads[here], kv, batch.block_table[row], position, window)
+                out[here], lse[here] = self._tile(heads[here], kv, batch.block_table[row], position, window, softcap)
                 position = end
         return out.flatten(1), lse
 
     def _tile(
-        self, queries: torch.Tensor, kv: LayerKV, block_ids: torch.Tensor, position: int, window: int
+        self,
+        queries: torch.Tensor,
+        kv: LayerKV,
+        block_ids: torch.Tensor,
+        position: int,
+        window: int,
+        softcap: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Online softmax of up to 16 queries [n, kv_heads, group, D] at `position`, key tiles left to right."""
         count, kv_heads, group, size = queries.shape
@@ -105,7 +126,10 @@ class TiledKernels(ReferenceKernels):
             hidden = key_pos > query_pos
             if window:
                 hidden |= key_pos <= query_pos - window
-            scores = torch.bmm(tile, keys.transpose(1, 2)).masked_fill(hidden, -torch.inf)
+            scores = torch.bmm(tile, keys.transpose(1, 2))
+            if softcap:
+                scores = self.soft_cap(scores, softcap)
+            scores = scores.masked_fill(hidden, -torch.inf)
             now = torch.maximum(best, scores.amax(-1, keepdim=True))
             base = now.masked_fill(now == -torch.inf, 0.0)
             probabilities = torch.exp(scores - base)

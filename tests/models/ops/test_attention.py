@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 
 import pytest
@@ -19,11 +21,11 @@ each_set = pytest.mark.parametrize("kernels", SERVING, ids=name_of)
 each_compiled = pytest.mark.parametrize("kernels", COMPILED, ids=name_of)
 
 
-def assert_right(kernels: Kernels, contexts: Contexts, window: int) -> None:
+def assert_right(kernels: Kernels, contexts: Contexts, window: int, softcap: float = 0.0) -> None:
     """Against float64 over the very keys and values that the cache holds."""
     oracle = Contexts(ORACLE, contexts.lengths, contexts.heads, contexts.kv.key.dtype, contexts.block_size)
     for row in range(len(contexts.lengths)):
-        (out, lse), (wanted_out, wanted_lse) = contexts.whole(row, window), oracle.whole(row, window)
+        (out, lse), (wanted_out, wanted_lse) = (each.whole(row, window, softcap) for each in (contexts, oracle))
         torch.testing.assert_close(out.double(), wanted_out, atol=5e-5, rtol=1e-5)
         torch.testing.assert_close(lse, wanted_lse, atol=5e-5, rtol=1e-5)
         assert (out.dtype, lse.dtype) == (kernels.activation_dtype, torch.float32)
@@ -33,6 +35,25 @@ def assert_right(kernels: Kernels, contexts: Contexts, window: int) -> None:
 @pytest.mark.parametrize("window", [0, 100])
 def test_equals_the_oracle(kernels: Kernels, window: int) -> None:
     assert_right(kernels, Contexts(kernels, LENGTHS, SMOL), window)
+
+
+@each_set
+@pytest.mark.parametrize("window", [0, 9, 63, 64, 65, 5000])
+@pytest.mark.parametrize("softcap", [0.0, 1.5, 50.0])
+def test_windows_and_soft_caps(kernels: Kernels, window: int, softcap: float) -> None:
+    """Windows within a block, around a tile, larger than the context; scores here reach well beyond 1.5."""
+    assert_right(kernels, Contexts(kernels, [1, 17, 140], Heads(4, 2, 24)), window, softcap)
+
+
+@each_set
+@pytest.mark.parametrize("window", [0, 70])
+def test_a_capped_query_has_the_same_bits_alone_and_in_a_chunk(kernels: Kernels, window: int) -> None:
+    contexts = Contexts(kernels, [300], Heads(4, 2, 64))
+    out, lse = contexts.whole(0, window, softcap=2.0)
+    assert not same_bits(out, contexts.whole(0, window)[0])
+    for position in [0, 15, 16, 63, 64, 130, 255, 256, 299]:
+        ((alone_out, alone_lse),) = contexts.attend([(0, position, 1)], window, softcap=2.0)
+        assert same_bits(alone_out[0], out[position]) and same_bits(alone_lse[0], lse[position]), position
 
 
 @each_set
@@ -100,8 +121,8 @@ def test_threads_and_splits_do_not_change_bits(kernels: CpuKernels, window: int)
 def test_stale_blocks_never_leak(kernels: Kernels, window: int) -> None:
     """What lies behind a context, in its last block or in others' blocks, may be anything."""
     clean, dirty = (Contexts(kernels, [1, 17, 70], SMOL, stale=stale) for stale in (0.0, torch.nan))
-    for row in range(3):
-        assert same_bits(clean.whole(row, window)[0], dirty.whole(row, window)[0])
+    for row, softcap in itertools.product(range(3), (0.0, 20.0)):
+        assert same_bits(clean.whole(row, window, softcap)[0], dirty.whole(row, window, softcap)[0])
 
 
 @each_compiled
@@ -133,6 +154,14 @@ def test_refuses_a_plan_that_points_elsewhere(kernels: CpuKernels) -> None:
     with pytest.raises(ValueError, match=r"seq_lens must be in 20\.\.16 .* got 20 in row 0"):
         contexts.tables[0].pop()
         contexts.whole(0)
+
+
+@each_compiled
+def test_refuses_a_soft_cap_that_is_none(kernels: CpuKernels) -> None:
+    contexts = Contexts(kernels, [20], SMOL)
+    for softcap in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"softcap must be at least 0 and finite; got {softcap}"):
+            contexts.whole(0, softcap=softcap)
 
 
 @each_compiled

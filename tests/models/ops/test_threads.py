@@ -89,4 +89,4 @@ def test_a_kernel_called_with_too_few_arguments_says_so(kernels: CpuKernels) -> 
     with pytest.raises(TypeError, match="too few arguments: 1"):
         kernels.extension.linear(0)
     with pytest.raises(TypeError):
-        kernels.extension.silu_mul(0, 0, "rows", 1)
+        kernels.extension.gate_mul(0, 0, "rows", 1, 0)

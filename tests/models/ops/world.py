@@ -50,6 +50,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def int32(values: Sequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -100,7 +104,7 @@ class Contexts:
         )
 
     def attend(
-        self, plan: Sequence[tuple[int, int, int]], window: int = 0, num_padding: int = 0
+        self, plan: Sequence[tuple[int, int, int]], window: int = 0, num_padding: int = 0, softcap: float = 0.0
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(out, lse) of each (row, first query position, number of queries) of the plan, in one call."""
         heads = self.heads
@@ -123,11 +127,11 @@ class Contexts:
         q = torch.cat([self.queries[row][first : first + count] for row, first, count in plan])
         q = torch.cat((q, q.new_ones(num_padding, q.shape[1])))
         out, lse = self.kernels.attention(
-            q, self.kv, batch, heads.num_heads, heads.num_kv_heads, heads.size, heads.size**-0.5, window
+            q, self.kv, batch, heads.num_heads, heads.num_kv_heads, heads.size, heads.size**-0.5, window, softcap
         )
         pieces = [*counts, num_padding] if num_padding else counts
         return list(zip(torch.split(out, pieces), torch.split(lse, pieces), strict=True))
 
-    def whole(self, row: int, window: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def whole(self, row: int, window: int = 0, softcap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Every query of a row in one call."""
-        return self.attend([(row, 0, self.lengths[row])], window)[0]
+        return self.attend([(row, 0, self.lengths[row])], window, softcap=softcap)[0]
