@@ -5,7 +5,7 @@ ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
-SOURCES := pyproject.toml setup.py $(wildcard models/ops/*.cpp models/ops/*.h models/transports/*.cpp)
+SOURCES := pyproject.toml setup.py $(wildcard models/ops/*.cpp models/ops/*.h models/transports/*.cpp models/transports/*.h)
 
 .PHONY: serve test check bench
 .DELETE_ON_ERROR:

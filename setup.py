@@ -52,6 +52,7 @@ setup(
         Extension(
             "models.transports._shared_memory",
             sources=["models/transports/shared_memory.cpp"],
+            depends=sorted(str(path) for path in pathlib.Path("models/transports").glob("shared_*.h")),
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
             language="c++",
