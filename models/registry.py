@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from models.architectures.gpt2 import GPT2LMHeadModel
+from models.architectures.gpt_neox import GPTNeoXForCausalLM
 from models.architectures.llama import LlamaForCausalLM
+from models.architectures.opt import OPTForCausalLM
 from models.batch import Batch
-from models.checkpoint import Checkpoint, Progress, weight_files
+from models.checkpoint import Checkpoint
 from models.config import ModelConfig, ModelError
 from models.decoder import Decoder
 from models.fields import Fields, read_fields, shown
@@ -19,13 +23,21 @@ from models.layers.loader import Loader
 from models.ops.kernels import Kernels
 from models.ops.select import select_kernels
 from models.parallel import Group, Stages
+from models.quant.packer import Packer
 from models.quant.unquantized import Unquantized
 from models.store.errors import StoreError
 from models.store.manifest import MANIFEST, FileEntry, read_manifest
+from models.weight_files import weight_files
+from models.weight_reader import Progress, WeightReader
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-ARCHITECTURES: dict[str, type[Decoder]] = {"llama": LlamaForCausalLM}
+ARCHITECTURES: dict[str, type[Decoder]] = {
+    "gpt2": GPT2LMHeadModel,
+    "gpt_neox": GPTNeoXForCausalLM,
+    "llama": LlamaForCausalLM,
+    "opt": OPTForCausalLM,
+}
 """By Hugging Face `model_type`, which is also the name of the architecture's file."""
 
 QUANT_METHODS = ("argosy-int4",)
@@ -92,23 +104,50 @@ def load_model(
     dtype: of the weights; a name or a torch type among DTYPES.
     kernels: None = the fastest exact set for the device and type.
     max_model_len: positions to be served; None = all that the model was trained for.
-    progress: told (bytes done, bytes in all).
+    progress: told (bytes read, bytes that this rank reads in all).
     Raises ModelError naming what is missing, wrong or not supported.
     """
-    folder, device = Path(folder), torch.device(device)
-    weight_type = _weight_type(dtype)
     config = load_config(folder)
-    architecture = _architecture(config.model_type)
+    build = functools.partial(build_model, config, dtype=dtype, group=group, stages=stages, max_model_len=max_model_len)
+    total_bytes = 0
+
+    def tell(bytes_read: int) -> None:
+        if progress is not None:
+            progress(bytes_read, total_bytes)
+
+    with Checkpoint(Path(folder), tell) as checkpoint:
+        # Without its values first: what is missing is named, and what will be read is counted, before gigabytes are.
+        build(checkpoint, device="meta")
+        checkpoint.finish()
+        total_bytes = checkpoint.bytes_read
+        checkpoint.rewind()
+        return build(checkpoint, device=device, kernels=kernels)
+
+
+def build_model(
+    config: ModelConfig,
+    reader: WeightReader,
+    *,
+    dtype: torch.dtype | str = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    kernels: Kernels | None = None,
+    group: Group | None = None,
+    stages: Stages | None = None,
+    max_model_len: int | None = None,
+) -> CausalLM:
+    """This rank's share of a model with the reader's values; the other arguments are `load_model`'s.
+
+    On the meta device it has shapes and no values: nothing is allocated or read. Raises ModelError.
+    """
+    device, weight_type = torch.device(device), _weight_type(dtype)
     limit = config.max_position_embeddings
     if max_model_len is not None and not 1 <= max_model_len <= limit:
         raise ModelError(f"max_model_len must be from 1 to the model's {limit} positions; got {max_model_len}")
     kernels = kernels or select_kernels(device, weight_type)
-    method = Unquantized(kernels, weight_type, device)
-    with Checkpoint(folder, progress) as checkpoint:
-        loader = Loader(checkpoint, kernels, method, group or Group(), weight_type, device)
-        model = architecture(loader, config, stages or Stages(), max_model_len or limit)
-        checkpoint.finish()
-    return model
+    with Packer(kernels, weight_type) as packer:
+        method = Unquantized(kernels, weight_type, packer)
+        loader = Loader(reader, kernels, method, group or Group(), weight_type, device)
+        return _architecture(config.model_type)(loader, config, stages or Stages(), max_model_len or limit)
 
 
 def weights_fingerprint(folder: Path | str) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from models.checkpoint import WeightReader
 from models.ops.kernels import Kernels
 from models.parallel import Group
 from models.quant.method import LinearMethod, PackedWeight, WeightPart
+from models.weight_reader import WeightReader
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
-from models.checkpoint import WeightReader
 from models.ops.kernels import Kernels, PackedLinear
+from models.weight_reader import WeightReader
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,6 +29,20 @@ class WeightPart:
             out_features if self.rows is None else len(self.rows),
             in_features if self.columns is None else len(self.columns),
         )
+
+    @property
+    def stored_name(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        return self.shape[::-1] if self.is_transposed else self.shape
+
+
+def stacked_shape(parts: Sequence[WeightPart]) -> tuple[int, int]:
+    """[out, in] of parts of equal width, stacked along the outputs."""
+    heights, widths = zip(*(part.part_shape for part in parts), strict=True)
+    return sum(heights), widths[0]
 
 
 class PackedWeight:
@@ -58,10 +72,9 @@ class LinearMethod(Protocol):
 
 def read_part(reader: WeightReader, part: WeightPart, out: torch.Tensor) -> None:
     """Fill `out`, contiguous and of the part's shape. Raises ModelError as `WeightReader.read_into` does."""
-    name = f"{part.name}.weight"
     if not part.is_transposed:
-        reader.read_into(out, name, part.shape, part.rows, part.columns)
+        reader.read_into(out, part.stored_name, part.stored_shape, part.rows, part.columns)
         return
     stored = torch.empty(out.shape[::-1], dtype=out.dtype, device=out.device)
-    reader.read_into(stored, name, part.shape[::-1], part.columns, part.rows)
+    reader.read_into(stored, part.stored_name, part.stored_shape, part.columns, part.rows)
     out.copy_(stored.T)
