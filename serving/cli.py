@@ -83,13 +83,16 @@ def serve(
 @app.command()
 def pull(
     model: Annotated[str, typer.Argument(help="Alias, model folder, GGUF file or hub id.")] = "smollm2-135m-instruct",
+    quantization: Annotated[
+        str | None, typer.Option(help="int4 keeps the 4-bit linears of a GGUF file.", show_default=False)
+    ] = None,
 ) -> None:
     """Bring a model into the local store, converted and verified."""
     from serving import config as settings_of
     from serving import launch
 
     try:
-        settings = settings_of.load({"model": model})
+        settings = settings_of.load({"model": model, "quantization": quantization})
     except SettingsError as error:
         _refuse(str(error))
     raise typer.Exit(launch.pull(settings))

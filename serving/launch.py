@@ -28,7 +28,12 @@ def serve(settings: ServeSettings, facts: Found) -> int:
     def find_model() -> Path:
         from models.store import pull
 
-        folder = pull(settings.model, store=Path(settings.store), progress=terminal.pulling)
+        folder = pull(
+            settings.model,
+            store=Path(settings.store),
+            quantization=settings.engine.quantization,
+            progress=terminal.pulling,
+        )
         found.check_model(folder, settings, facts)
         return folder
 
@@ -79,6 +84,7 @@ def pull(settings: ServeSettings) -> int:
             folder = bring(
                 settings.model,
                 store=Path(settings.store),
+                quantization=settings.engine.quantization,
                 progress=lambda phase, done, total: progress.update(
                     task, description=phase, completed=done, total=total or None
                 ),

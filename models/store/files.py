@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,18 +37,50 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises StoreError when it is missing, too large or not an object."""
+def take(source: Path, target: Path, *, may_link: bool) -> None:
+    """Copy `source` to `target`; with `may_link` and on one file system they share their bytes."""
+    if may_link:
+        with contextlib.suppress(OSError):  # another file system, or one without links
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
+
+
+def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
+    """The UTF-8 text in `path`. Raises StoreError when it is missing, no plain file, too large or not UTF-8."""
     where = f"{path.parent.name}/{path.name}"
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise StoreError(f"{where} has {size} bytes; at most {MAX_JSON_BYTES} are allowed")
-        content = json.loads(path.read_bytes())
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
+            raise StoreError(f"{where} is not a plain file")
+        if status.st_size > limit:
+            raise StoreError(f"{where} has {status.st_size} bytes; at most {limit} are allowed")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise StoreError(f"{where} is missing") from None
     except OSError as error:
         raise StoreError(f"{where} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise StoreError(f"{where} is not UTF-8") from None
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` for JSON that raises ValueError when a name appears twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice")
+    return result
+
+
+def read_json(path: Path, *, is_strict: bool = False) -> dict[str, Any]:
+    """The JSON object in `path`. Raises StoreError when it is missing, too large or not an object.
+
+    is_strict: an object that has a name twice is refused, too.
+    """
+    where = f"{path.parent.name}/{path.name}"
+    text = read_text(path)
+    try:
+        content = json.loads(text, object_pairs_hook=unique if is_strict else None)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(content, dict):

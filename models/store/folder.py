@@ -1,24 +1,39 @@
-"""Whether a folder is a model in Hugging Face layout that is safe to load (C12)."""
+"""A model folder in Hugging Face layout (C12): whether it is safe to load, and which of its files make it up."""
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
 
 from models.store.errors import StoreError
-from models.store.files import read_json
+from models.store.files import read_json, take
 from models.store.safetensors_file import check_header
+from models.store.vocabulary import VOCABULARY, needs_tokenizer, write_tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 MAX_SHARDS = 4096
+PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)
+"""What a model consists of. Nothing else is fetched or copied: no pickles, no code."""
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, *, is_source: bool = False) -> None:
     """Raises StoreError, with the reason and the way out, unless the engine may load `folder`.
 
     Wanted: config.json, tokenizer.json, safetensors weights (whole or sharded) with sound headers. Refused:
     weights in pickle formats, remote code, links out of the folder. Files that nobody loads are not looked at.
+    is_source: the folder will be copied, so a vocabulary that `copy_model` converts does as well.
     """
     if not folder.is_dir():
         raise StoreError(f"{folder}: not a folder")
@@ -36,12 +51,33 @@ def check_folder(folder: Path) -> None:
     model_type = read_json(folder / "config.json").get("model_type")
     if not isinstance(model_type, str) or not model_type.isidentifier():
         raise StoreError(f"{folder.name}/config.json has no usable 'model_type' (it is {model_type!r})")
-    if not (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.json").is_file() and not (is_source and needs_tokenizer(folder)):
+        instead = " (a tokenizer.model is not read)" if (folder / "tokenizer.model").exists() else ""
         raise StoreError(
-            f"{folder.name}/tokenizer.json is missing; load the tokenizer with transformers' AutoTokenizer and "
-            "save it into the folder with save_pretrained()"
+            f"{folder.name}/tokenizer.json is missing{instead}; load the tokenizer with transformers' AutoTokenizer "
+            "and save it into the folder with save_pretrained()"
         )
     _check_weights(folder)
+
+
+def copy_model(source: Path, target: Path) -> dict[str, str]:
+    """Fill the empty `target` with the files of PATTERNS, with the tokenizer converted where needed.
+
+    source: checked by `check_folder(source, is_source=True)`. Weights are linked where possible, for nobody writes
+    them; the rest is copied: whoever edits a file in the store must not edit its source. Returns {file name: name of
+    the file that it is a link to} of the links (a hub's cache names blobs by their content).
+    """
+    links: dict[str, str] = {}
+    for path in sorted(source.iterdir()):
+        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in PATTERNS):
+            continue
+        origin = path.resolve()
+        if path.is_symlink():
+            links[path.name] = origin.name
+        take(origin, target / path.name, may_link=path.suffix == ".safetensors")
+    if needs_tokenizer(source):
+        write_tokenizer({name: source / name for name in VOCABULARY}, target)
+    return links
 
 
 def _check_weights(folder: Path) -> None:
@@ -60,7 +96,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _check_shards(folder: Path) -> None:
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, is_strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise StoreError(f"{folder.name}/{INDEX} has no 'weight_map'")
     shards: dict[str, set[str]] = {}
@@ -80,7 +116,10 @@ def _check_shards(folder: Path) -> None:
 
 def _check_link(folder: Path, path: Path) -> None:
     """A link may point into the folder, or, in a hub cache (snapshots/<revision>/), at that repository's blobs."""
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        raise StoreError(f"{folder.name}/{path.name} is a link that leads nowhere") from None
     allowed = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         allowed.append(folder.resolve().parent.parent / "blobs")

@@ -9,6 +9,7 @@ anything is allocated.
 from __future__ import annotations
 
 import dataclasses
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -16,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
 from models.store.errors import StoreError
 
@@ -30,14 +29,26 @@ MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 16
 
-FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0")
-"""Tensor formats that we dequantise."""
+FORMATS = {
+    "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2),
+    "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34),
+    "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210),
+}  # fmt: skip
+"""Tensor formats that we dequantise: (ggml's number, values per block, bytes per block).
+
+Written down here so that reading a header needs no `gguf`, whose import takes longer than the reading.
+"""
+
+_NAMES = {number: name for name, (number, _, _) in FORMATS.items()}
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING = 8
 _ARRAY = 9
 
 Bytes = npt.NDArray[np.uint8]
+Float = npt.NDArray[np.float32]
+Rows = slice | npt.NDArray[np.int64]
+"""Which rows, in which order."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,15 +60,48 @@ class GgufTensor:
     format: str
     data: Bytes  # a view of the mapped file
 
-    def to_float32(self) -> npt.NDArray[np.float32]:
-        """The values, float32 of `shape`."""
-        kind = GGMLQuantizationType[self.format]
-        if self.format == "F32":
-            return self.data.view("<f4").reshape(self.shape)
-        if self.format == "F16":
-            return self.data.view("<f2").reshape(self.shape).astype(np.float32)
-        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
-        return np.asarray(dequantize(self.data.reshape(rows, -1), kind), dtype=np.float32).reshape(self.shape)
+    @property
+    def height(self) -> int:
+        """Rows when all dimensions but the last are one."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def width(self) -> int:
+        """Values of a row."""
+        return self.shape[-1]
+
+    def blocks(self, rows: Rows) -> Bytes:
+        """The quantised blocks of some rows: [len(rows), blocks per row, bytes per block]."""
+        _, per_block, block_bytes = FORMATS[self.format]
+        return self.data.reshape(self.height, self.width // per_block, block_bytes)[rows]
+
+    def rows(self, rows: Rows) -> Float:
+        """Some rows' values, float32 [len(rows), width]."""
+        return _to_float32(self.blocks(rows), self.format)
+
+    def columns(self, first: int, last: int) -> Float:
+        """The values of columns `first` to `last`, which are block boundaries: float32 [height, last - first]."""
+        per_block = FORMATS[self.format][1]
+        return _to_float32(self.blocks(slice(None))[:, first // per_block : last // per_block], self.format)
+
+    def to_float32(self) -> Float:
+        """All values, float32 of `shape`. For small tensors."""
+        return self.rows(slice(None)).reshape(self.shape)
+
+
+def _to_float32(blocks: Bytes, format: str) -> Float:
+    """[rows, blocks, bytes] -> float32 [rows, values]."""
+    data = np.ascontiguousarray(blocks).reshape(len(blocks), -1)
+    match format:
+        case "F32":
+            return data.view("<f4")
+        case "F16":
+            return data.view("<f2").astype(np.float32)
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    with np.errstate(all="ignore"):  # whoever uses the values checks that they are finite
+        return np.asarray(dequantize(data, GGMLQuantizationType[format]), dtype=np.float32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,22 +206,16 @@ class _Parser:
         dims = tuple(self._scalar("<Q") for _ in range(num_dims))
         code = self._scalar("<I")
         offset = self._scalar("<Q")
-        try:
-            kind = GGMLQuantizationType(code)
-        except ValueError:
-            raise self._error(f"tensor {name!r} has the unknown format number {code}") from None
-        if kind.name not in FORMATS:
+        format = _NAMES.get(code)
+        if format is None:
             raise self._error(
-                f"tensor {name!r} is quantised as {kind.name}, which is not supported; use a file in one of "
+                f"tensor {name!r} is quantised as {_foreign_name(code)}, which is not supported; use a file in one of "
                 f"{', '.join(FORMATS)}"
             )
-        per_block, block_bytes = GGML_QUANT_SIZES[kind]
+        _, per_block, block_bytes = FORMATS[format]
         if not all(dims) or dims[0] % per_block:
             raise self._error(f"tensor {name!r} has dimensions {list(dims)}: not whole blocks of {per_block}")
-        elements = 1
-        for dim in dims:
-            elements *= dim
-        return name, dims[::-1], kind.name, offset, elements // per_block * block_bytes
+        return name, dims[::-1], format, offset, math.prod(dims) // per_block * block_bytes
 
     def _value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
@@ -231,3 +269,14 @@ class _Parser:
 
     def _error(self, text: str) -> StoreError:
         return StoreError(f"{self._path.name}: {text}")
+
+
+def _foreign_name(code: int) -> str:
+    """ggml's name of a format that is not ours."""
+    from gguf.constants import GGMLQuantizationType
+
+    try:
+        name: str = GGMLQuantizationType(code).name
+    except ValueError:
+        return f"format number {code}"
+    return name

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import fnmatch
 import io
-import os
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from models.store.errors import StoreError
-from models.store.folder import check_folder
-
-PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-)
-"""Nothing else is fetched: no pickles, no code."""
+from models.store.folder import PATTERNS, check_folder, copy_model
+from models.store.vocabulary import VOCABULARY
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def fetch(repository: str, revision: str | None, folder: Path, progress: Callable[[int, int], None]) -> dict[str, str]:
+def fetch(
+    repository: str, revision: str | None, folder: Path, progress: Callable[[int, int], None]
+) -> tuple[str, dict[str, str]]:
     """Fill the empty `folder` with the repository's model files.
 
     The hub's own cache is used; weights are linked to its blobs, or copied when it is on another file system.
-    progress: (bytes there, bytes in all as far as known). Returns the sha256 (hex) that the hub gave for files, as
-    far as it did. Raises StoreError when the hub refuses, cannot be reached and the cache holds no copy, or the
-    files are unsafe.
+    progress: (bytes there, bytes in all as far as known). Returns the commit that was fetched, and the sha256 (hex)
+    that the hub gave for files, as far as it did. Raises StoreError when the hub refuses, cannot be reached and the
+    cache holds no copy, or the files are unsafe.
     """
+    snapshot = _download(repository, revision, PATTERNS, progress)
+    if not (snapshot / "tokenizer.json").exists():
+        snapshot = _download(repository, snapshot.name, VOCABULARY, progress)
+    check_folder(snapshot, is_source=True)
+    links = copy_model(snapshot, folder)
+    # The cache names large files by their content.
+    return snapshot.name, {name: blob for name, blob in links.items() if _SHA256.fullmatch(blob)}
+
+
+def _download(
+    repository: str, revision: str | None, patterns: Sequence[str], progress: Callable[[int, int], None]
+) -> Path:
+    """The cached snapshot, a folder named by its commit."""
     import huggingface_hub
     from huggingface_hub import constants, errors
 
@@ -45,7 +45,7 @@ def fetch(repository: str, revision: str | None, folder: Path, progress: Callabl
     name = repository if revision is None else f"{repository}@{revision}"
     try:
         downloaded = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=list(PATTERNS), tqdm_class=_bar(progress)
+            repository, revision=revision, allow_patterns=list(patterns), tqdm_class=_bar(progress)
         )
     except errors.GatedRepoError:
         raise StoreError(f"{name}: the hub wants you to accept this model's terms and log in (hf auth login)") from None
@@ -61,17 +61,7 @@ def fetch(repository: str, revision: str | None, folder: Path, progress: Callabl
     except Exception as error:  # whatever the library's HTTP client, cache and parsers raise
         summary = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise StoreError(f"{name}: the hub cannot be read: {summary[0]}") from None
-    snapshot = Path(downloaded)
-    check_folder(snapshot)
-    promised: dict[str, str] = {}
-    for path in snapshot.iterdir():
-        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in PATTERNS):
-            continue
-        blob = path.resolve()
-        if _SHA256.fullmatch(blob.name):  # the cache names large files by their content
-            promised[path.name] = blob.name
-        _take(blob, folder / path.name)
-    return promised
+    return Path(downloaded)
 
 
 def _bar(progress: Callable[[int, int], None]) -> type[Any]:
@@ -92,15 +82,3 @@ def _bar(progress: Callable[[int, int], None]) -> type[Any]:
             return drawn
 
     return Bar
-
-
-def _take(source: Path, target: Path) -> None:
-    """Small files are copied: whoever edits one in the store must not edit the hub's cache."""
-    if target.suffix == ".safetensors":
-        try:
-            os.link(source, target)
-        except OSError:  # another file system, or one without links
-            pass
-        else:
-            return
-    shutil.copyfile(source, target)

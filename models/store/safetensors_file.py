@@ -1,27 +1,20 @@
-"""Writing and checking safetensors files.
-
-Layout: u64 header length, JSON header {name: {dtype, shape, data_offsets}}, data. Written here rather than by
-the library so that tensors are converted, hashed and written one at a time: memory stays at one tensor.
-"""
+"""Checking safetensors files: u64 header length, JSON header {name: {dtype, shape, data_offsets}}, data."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from models.store.errors import StoreError
+from models.store.files import unique
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 MAX_TENSORS = 1_000_000
+MAX_DIMS = 8
 
 BYTES_PER_ITEM = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -29,55 +22,6 @@ BYTES_PER_ITEM = {
     "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-
-Float = npt.NDArray[np.float32]
-Entry = tuple[str, tuple[int, ...], Callable[[], Float]]
-"""(name, shape, reader of the values)"""
-
-
-def write_bfloat16(path: Path, entries: Iterable[Entry], progress: Callable[[int, int], None]) -> str:
-    """Write (name, shape, reader) entries as one bf16 file; returns its sha256 in hex. The file is synced.
-
-    progress: called with (bytes written, bytes in all) after each tensor.
-    """
-    entries = list(entries)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape, _ in entries:
-        size = 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    state = hashlib.sha256()
-    with path.open("xb") as file:
-        for chunk in (struct.pack("<Q", len(text)), text):
-            state.update(chunk)
-            file.write(chunk)
-        done = 0
-        for name, shape, read in entries:
-            values = read()
-            if values.shape != shape:
-                raise StoreError(f"tensor {name!r} is {list(values.shape)}, not {list(shape)}")
-            data = to_bfloat16(values).data
-            state.update(data)
-            file.write(data)
-            done += data.nbytes
-            progress(done, end)
-        file.flush()
-        os.fsync(file.fileno())
-    return state.hexdigest()
-
-
-def to_bfloat16(values: Float) -> npt.NDArray[np.uint16]:
-    """The bits of `values` rounded to bf16, to nearest and ties to even; same shape, C order.
-
-    Raises StoreError when a value is not finite: rounding could turn a NaN into an infinity, and no model has any.
-    """
-    if not np.isfinite(values).all():
-        raise StoreError("the weights hold values that are not finite: the file is damaged, fetch it again")
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
 def check_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -101,7 +45,7 @@ def check_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise error(f"the header claims {length} bytes, but the file has {size}: it is truncated")
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as cause:
         raise error(f"the header is not valid JSON: {cause}") from None
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
@@ -111,6 +55,8 @@ def check_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         dtype, shape, begin, end = _entry(entry, name, error)
+        if not end - begin and math.prod(shape) == 0:
+            raise error(f"tensor {name!r} of {dtype} {list(shape)} is empty")
         if end - begin != BYTES_PER_ITEM[dtype] * math.prod(shape):
             raise error(f"tensor {name!r} of {dtype} {list(shape)} has {end - begin} bytes of data")
         found[name] = (dtype, shape)
@@ -131,7 +77,7 @@ def _entry(entry: Any, name: str, error: Callable[[str], StoreError]) -> tuple[s
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BYTES_PER_ITEM:
         raise error(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or len(shape) > 8 or not all(_is_size(dim) for dim in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_size(dim) for dim in shape):
         raise error(f"tensor {name!r} has an impossible shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(value) for value in offsets):
         raise error(f"tensor {name!r} has impossible offsets")
@@ -143,10 +89,3 @@ def _entry(entry: Any, name: str, error: Callable[[str], StoreError]) -> tuple[s
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice")
-    return result

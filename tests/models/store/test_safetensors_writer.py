@@ -1,0 +1,61 @@
+"""What we write the library reads, whole or in shards, hashed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.store import StoreError
+from models.store.folder import INDEX, WEIGHTS
+from models.store.safetensors_file import check_header
+from models.store.safetensors_writer import Entry, write_weights
+
+VALUES = {"a": np.arange(6, dtype=np.float16).reshape(2, 3), "b": np.array([[7]], np.float16)}
+CODES = np.arange(64, dtype=np.uint8).reshape(16, 4)
+ENTRIES = [
+    *(Entry(name, "F16", values.shape, lambda values=values: iter([values])) for name, values in VALUES.items()),
+    Entry("c", "U8", (16, 4), lambda: iter([CODES[:7], CODES[7:]])),
+]
+
+
+def test_one_file_is_hashed_on_the_way(tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    hashes = write_weights(tmp_path, ENTRIES, lambda *step: steps.append(step))
+
+    path = tmp_path / WEIGHTS
+    found = load_file(path)
+    assert {name: found[name].numpy().tolist() for name in VALUES} == {k: v.tolist() for k, v in VALUES.items()}
+    assert torch.equal(found["c"], torch.from_numpy(CODES))
+    assert hashes == {WEIGHTS: hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert steps == [(12, 78), (14, 78), (42, 78), (78, 78)]
+    assert check_header(path) == {"a": ("F16", (2, 3)), "b": ("F16", (1, 1)), "c": ("U8", (16, 4))}
+
+
+def test_large_weights_become_shards_with_an_index(tmp_path: Path) -> None:
+    hashes = write_weights(tmp_path, ENTRIES, lambda done, total: None, max_shard_bytes=20)
+
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert sorted(hashes) == names
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index == {"metadata": {"total_size": 78}, "weight_map": {"a": names[0], "b": names[0], "c": names[1]}}
+    assert set(load_file(tmp_path / names[0])) == {"a", "b"}
+    assert torch.equal(load_file(tmp_path / names[1])["c"], torch.from_numpy(CODES))
+    assert not (tmp_path / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("pieces", [[], [np.zeros((2, 2), np.float16)], [np.zeros((2, 4), np.float16)]])
+def test_values_that_are_not_as_many_as_promised_are_refused(tmp_path: Path, pieces: list[np.ndarray]) -> None:  # type: ignore[type-arg]
+    entry = Entry("a", "F16", (2, 3), lambda: iter(pieces))
+    with pytest.raises(StoreError, match=r"tensor 'a' of F16 \[2, 3\]: -?\d+ bytes are missing"):
+        write_weights(tmp_path, [entry], lambda done, total: None)
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="'a' comes twice"):
+        write_weights(tmp_path, [ENTRIES[0], *ENTRIES], lambda done, total: None)
