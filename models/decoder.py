@@ -67,6 +67,11 @@ class Decoder:
         """The final one; `loader` is scoped to the root."""
         return RMSNorm(loader, self.NORM, self.config.hidden_size, self.config.norm_eps)
 
+    @property
+    def embedding_size(self) -> int:
+        """Width of the token vectors, in the embedding and in the head."""
+        return self.config.hidden_size
+
     def load_first(self, loader: Loader) -> None:
         """Further parts of the first stage (FIRST_STAGE); `loader` is scoped to the root."""
 
@@ -86,7 +91,7 @@ class Decoder:
         self.max_model_len = max_model_len
         self.rotary = RotaryTables(config, max_model_len, loader.device)
         self._group = loader.group
-        vocabulary = (config.vocab_size, config.hidden_size)
+        vocabulary = (config.vocab_size, self.embedding_size)
         root = self._root(loader)
         self._own_layers = stages.layers(config.num_layers)
 

@@ -27,12 +27,19 @@ class RMSNorm:
 class LayerNorm:
     """Mean and variance normalised (Ba et al. 2016)."""
 
-    def __init__(self, loader: Loader, name: str, size: int, eps: float) -> None:
-        self._weight = loader.vector(f"{name}.weight", size)
-        self._bias = loader.vector(f"{name}.bias", size)
+    _bias: torch.Tensor | None
+
+    def __init__(self, loader: Loader, name: str, size: int, eps: float, has_weights: bool = True) -> None:
+        """has_weights: whether the model holds a weight and a bias; else they are 1 and 0."""
+        if has_weights:
+            self._weight = loader.vector(f"{name}.weight", size)
+            self._bias = loader.vector(f"{name}.bias", size)
+        else:
+            self._weight = torch.ones(size, dtype=loader.kernels.activation_dtype, device=loader.device)
+            self._bias = None
         self._eps = eps
         self._layer_norm = loader.kernels.layer_norm
-        self.num_bytes = self._weight.nbytes + self._bias.nbytes
+        self.num_bytes = self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[M, size] -> a new [M, size]."""
