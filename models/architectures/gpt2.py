@@ -112,7 +112,8 @@ def _windows(fields: Fields, num_layers: int) -> tuple[int, ...]:
     if not fields.has("attention_pattern"):
         return ()
     pattern = fields.values["attention_pattern"]
-    if not isinstance(pattern, list) or not 1 <= len(pattern) <= num_layers or set(pattern) - {"dense", "banded"}:
+    is_known = isinstance(pattern, list) and all(item in ("dense", "banded") for item in pattern)
+    if not is_known or not 1 <= len(pattern) <= num_layers:
         raise ModelError(
             f"{fields.where}attention_pattern must hold 1 to {num_layers} times dense or banded; got {shown(pattern)}"
         )

@@ -8,19 +8,22 @@ def test_parity(variant: str, kernels: Kernels, tmp_path: Path) -> None:
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from models.ops.kernels import Kernels
-from models.registry import load_model
+from models.registry import load_config, load_model
 from tests.models.paged import Sequences, advance_at_random
 
 TOLERANCE = 1e-4
 LENGTHS = (2, 17, 33, 90)
 """In tokens; blocks have 16."""
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+"""int64 [length] -> [length, vocab_size]."""
 
 
 def some_tokens(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[torch.Tensor]:
@@ -29,17 +32,21 @@ def some_tokens(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[
     return [torch.randint(0, vocab_size, (length,), generator=generator) for length in lengths]
 
 
-class Case:
-    """A folder, some sequences, and transformers' fp32 logits of them."""
+def transformers_logits(folder: Path) -> Logits:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return lambda ids: model(input_ids=ids[None], use_cache=False).logits[0]
 
-    def __init__(self, folder: Path, lengths: Sequence[int] = LENGTHS) -> None:
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+class Case:
+    """A folder, some sequences, and fp32 logits of them, transformers' unless said."""
+
+    def __init__(self, folder: Path, lengths: Sequence[int] = LENGTHS, expected: Logits | None = None) -> None:
+        """expected: in place of transformers, for what it does not compute."""
         self.folder = folder
-        self.tokens = some_tokens(lengths, theirs.config.get_text_config().vocab_size)
+        self.tokens = some_tokens(lengths, load_config(folder).vocab_size)
         with torch.inference_mode():
-            self.expected: list[torch.Tensor] = [
-                theirs(input_ids=ids[None], use_cache=False).logits[0] for ids in self.tokens
-            ]
+            expected = expected or transformers_logits(folder)
+            self.expected: list[torch.Tensor] = [expected(ids) for ids in self.tokens]
 
     def assert_parity(self, kernels: Kernels, num_shuffles: int = 2) -> None:
         """Whole prompts, then chunks and decodes of all sequences mixed at random."""
