@@ -125,7 +125,8 @@ def write_gguf(
     writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
     writer.add_token_merges(MERGES)
     for name, weight in (to_gguf_names(make_weights()) if tensors is None else tensors).items():
-        chosen = (kinds or {}).get(name, kind if weight.ndim == 2 else "F32")
+        is_matrix = weight.ndim > 1 and "ffn_gate_inp" not in name  # routers are never quantised
+        chosen = (kinds or {}).get(name, kind if is_matrix else "F32")
         quantisation = gguf.GGMLQuantizationType[chosen]
         writer.add_tensor(name, gguf.quants.quantize(weight, quantisation), raw_dtype=quantisation)
     writer.write_header_to_file()
