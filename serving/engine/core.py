@@ -16,6 +16,8 @@ from serving.engine.plan import Plan
 from serving.engine.records import StepRecords
 from serving.engine.scheduler import Scheduler
 
+MIN_LIMIT_S = 1.5
+
 
 class EngineCore:
     """Owns the scheduler and drives the executor in a thread of its own.
@@ -78,6 +80,11 @@ class EngineCore:
         started = self.step_started_s
         return 0.0 if started is None else max(0.0, self._clock() - started)
 
+    @property
+    def limit_s(self) -> float:
+        """How old a running step may become before it counts as stalled (C13)."""
+        return max(MIN_LIMIT_S, 3 * self.announced_s)
+
     def _run(self) -> None:
         try:
             while not self._is_stopping:
@@ -118,7 +125,8 @@ class EngineCore:
         cost = features(plan.num_tokens, plan.starts + plan.num_tokens)
         announced = self.scheduler.cost_model.predict(cost)
         started = self._clock()
-        self.announced_s = announced
+        # The loop's turn may wait for any step in flight; each is announced at what all stages take for it.
+        self.announced_s = max([announced, *(step[-1] for step in self._in_flight)])
         self._in_flight.append((plan, self._executor.submit(plan), cost, started, announced))
 
     def _collect(self) -> StepOutput:
@@ -130,7 +138,8 @@ class EngineCore:
         duration = now - started
         self._last_result_s = now
         self.num_steps += 1
-        self.scheduler.cost_model.observe(cost, duration)
+        # In a pipeline, a step takes longer than the time since its predecessor's result says.
+        self.scheduler.cost_model.observe(cost, result.busy_s or duration)
         output = self.scheduler.update(plan, result.ids, result.logprobs)
         self._record(plan, started, duration, announced, len(output.tokens))
         return output

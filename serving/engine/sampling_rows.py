@@ -30,15 +30,11 @@ class SamplingRows:
         logits_size: int,
         tokenizer_size: int,
         eos_ids: Sequence[int],
-        device: str = "cpu",
     ) -> None:
         """logits_size: width of the model's logits; ids >= tokenizer_size are never sampled (C23).
 
-        Raises ValueError for sizes or ids that contradict each other and for devices other than the CPU
-        (a GPU's sampler has Gumbel noise instead of an inverted CDF: another method, another fingerprint).
+        Raises ValueError for sizes or ids that contradict each other.
         """
-        if device != "cpu":
-            raise ValueError(f"device {device!r}: this sampler inverts the CDF on the CPU only")
         if not 1 <= tokenizer_size <= logits_size:
             raise ValueError(f"tokenizer_size {tokenizer_size} is not in 1..{logits_size} (the logits size)")
         for eos_id in eos_ids:

@@ -14,27 +14,25 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from serving import wire
 from serving.config import EngineSettings
 from serving.engine import address
+from serving.engine.assembly import Engine, build_engine
 from serving.engine.card import build_card, read_asset
 from serving.engine.connection import Connection
 from serving.engine.core import EngineCore
-from serving.engine.cost import FIRST_PREFILL_TOKENS, StepCostModel
-from serving.engine.executor import LocalExecutor
 from serving.engine.handover import Handover
 from serving.engine.held import HeldRows
 from serving.engine.output import StepOutput
 from serving.engine.permits import Permits
 from serving.engine.request import Request
-from serving.engine.scheduler import Scheduler
 from serving.engine.translate import asset_pieces, to_request, to_step
 from serving.engine.watchdog import disarm, end_if_stalled
-from serving.engine.worker import Found, Worker
+from serving.engine.worker import Found
 from serving.errors import ArgosyError, EngineError
 from serving.types import ModelCard, RankState
 
@@ -56,15 +54,18 @@ class ReplicaServer:
         listen: str,
         on_phase: Callable[[str, float], None] | None = None,
         exits_on_failure: bool = True,
+        ranks: Sequence[socket.socket] = (),
     ) -> None:
         """Binds `listen` ("unix:<path>" or "tcp:<host>:<port>[-<port>]") and loads nothing yet.
 
         exits_on_failure: a failed or stalled step loop ends the process, so that whoever supervises
             it starts a new one.
+        ranks: of a gang, connected stream sockets to ranks 1, 2, … (`rank.run_rank` at their other ends).
         Raises SettingsError when the address cannot be bound.
         """
         self.settings = settings
         self.replica_id = replica_id
+        self._host = socket.gethostname()
         self.secret = secret
         self.epoch = time.time_ns() & 0x7FFFFFFFFFFF
         self.failure: BaseException | None = None
@@ -72,9 +73,9 @@ class ReplicaServer:
         self._on_phase = on_phase
         self._exits_on_failure = exits_on_failure
         self._state = "loading"
+        self._ranks = ranks
         self._card: ModelCard | None = None
-        self._core: EngineCore | None = None
-        self._found: Found | None = None
+        self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._connections: dict[int, Connection] = {}
@@ -88,28 +89,17 @@ class ReplicaServer:
 
     def start(self) -> None:
         """Load the model and open for gateways. Raises ModelLoadError, or OSError when it cannot listen."""
-        worker = Worker(self.settings, on_phase=self._on_phase)
-        found = self._found = worker.found
-        self._card = build_card(self.settings, worker)
-        scheduler = Scheduler(
-            max_num_seqs=self.settings.max_num_seqs,
-            max_num_batched_tokens=self.settings.max_num_batched_tokens,
-            max_model_len=found.max_model_len,
-            num_blocks=found.num_blocks,
-            block_size=self.settings.block_size,
-            enable_prefix_cache=self.settings.enable_prefix_cache,
-            cost_model=StepCostModel(first_prefill=FIRST_PREFILL_TOKENS),
-        )
-        self._core = EngineCore(
-            scheduler,
-            LocalExecutor(worker),
+        self._engine = engine = build_engine(
+            self.settings,
+            self._ranks,
+            on_phase=self._on_phase,
             on_output=lambda output: self._post(self._emit, output),
             on_failure=self._fail,
-            async_depth=self.settings.async_depth,
         )
-        self._handover = Handover(self._core, self._post, self._connections, HeldRows())
+        self._card = build_card(self.settings, engine.worker)
+        self._handover = Handover(engine.core, self._post, self._connections, HeldRows())
         self._state = "ready"
-        self._core.start()
+        engine.core.start()
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._serve, args=(opened,), name="replica-server", daemon=True)
         self._thread.start()
@@ -118,8 +108,10 @@ class ReplicaServer:
     def close(self) -> None:
         """End both threads and every connection."""
         self._is_closing = True
-        if self._core is not None:
-            self._core.stop()
+        if self._engine is not None:
+            self._engine.core.stop()
+            if self._engine.gang is not None:
+                self._engine.gang.close()
         if self._loop is not None and self._thread is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(5.0)
@@ -143,31 +135,31 @@ class ReplicaServer:
 
     @property
     def found(self) -> Found:
-        assert self._found is not None, "the replica has not been started"
-        return self._found
+        assert self._engine is not None, "the replica has not been started"
+        return self._engine.worker.found
 
     @property
     def core(self) -> EngineCore:
-        assert self._core is not None, "the replica has not been started"
-        return self._core
+        assert self._engine is not None, "the replica has not been started"
+        return self._engine.core
 
     def health(self) -> tuple[bool, str]:
         """Whether the step loop makes progress, and if not, why (C13). Any thread may ask."""
         if self.failure is not None:
-            return False, f"the step loop failed: {type(self.failure).__name__}"
-        if self._core is None:
+            return False, f"the step loop failed: {type(self.failure).__name__}: {self.failure}"
+        if self._engine is None:
             return True, "loading"
-        age, limit = self._core.step_age_s, max(1.5, 3 * self._core.announced_s)
-        if age > limit:
-            return False, f"the running step is {age:.1f} s old, announced were {self._core.announced_s:.3f} s"
+        age_s, core = self.core.step_age_s, self.core
+        if age_s > core.limit_s:
+            return False, f"the running step is {age_s:.1f} s old, announced were {core.announced_s:.3f} s"
         return True, self._state
 
     def progress(self) -> list[RankState]:
         """Every rank of the gang."""
         core = self.core
-        return [
-            RankState(rank=0, host=socket.gethostname(), pid=os.getpid(), step=core.num_steps, age_s=core.step_age_s)
-        ]
+        own = RankState(rank=0, host=self._host, pid=os.getpid(), step=core.num_steps, age_s=core.step_age_s)
+        gang = self._engine.gang if self._engine is not None else None
+        return [own, *(gang.states() if gang is not None else ())]
 
     # --- the server's loop ----------------------------------------------------------------------
 
@@ -381,8 +373,8 @@ class ReplicaServer:
     # --- failure --------------------------------------------------------------------------------
 
     def _fail(self, failure: BaseException) -> None:
-        """In the step loop's thread: it is over. Closed connections tell the gateways at once."""
-        self.failure = failure
+        """In the thread that learns it: it is over. Closed connections tell the gateways at once."""
+        self.failure = self.failure or failure
         log.critical("the step loop failed", exc_info=failure)
         if self._exits_on_failure:
             os._exit(70)

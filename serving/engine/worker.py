@@ -1,4 +1,4 @@
-"""One rank: its share of the model, its KV blocks and the runner. Loading happens here."""
+"""One rank: its share of the model, its KV blocks and the runner. Loading happens here (C11)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,10 @@ import torch
 from models.config import ModelError
 from models.kv_cache import KVCache, bytes_per_block
 from models.ops.select import select_kernels, set_num_threads
+from models.parallel import Group, Stages
 from models.platform import device_facts
 from models.registry import CausalLM, load_config, load_model, weights_fingerprint
+from models.transports.connect import Ranks
 from serving.config import EngineSettings
 from serving.engine.request import Int32Array
 from serving.engine.runner import ModelRunner, StepResult
@@ -50,59 +52,87 @@ class Found:
 
 
 class Worker:
-    """Loads and runs one rank. A replica of one rank runs it in its step loop's thread."""
+    """Loads and runs one rank. Rank 0 of a replica runs it in its step loop's thread."""
 
-    def __init__(self, settings: EngineSettings, *, on_phase: PhaseCallback | None = None) -> None:
-        """Load the model. `on_phase(name, seconds)` reports the parts of a cold start.
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        ranks: Ranks | None = None,
+        num_neighbours: int = 1,
+        on_phase: PhaseCallback | None = None,
+    ) -> None:
+        """Load this rank's share of the model.
 
+        ranks: the rest of the gang; `allocate` must follow when all have agreed. None = a single rank.
+        num_neighbours: ranks of the gang on this machine, which share its cores and memory.
+        on_phase(name, seconds): told of the parts of a cold start.
         Raises ModelLoadError with what to do.
         """
         self.settings = settings
-        report = on_phase or (lambda name, seconds: None)
-        num_threads = settings.num_threads or len(os.sched_getaffinity(0))
-        set_num_threads(num_threads)
-        device = torch.device(settings.device)
-        dtype = getattr(torch, settings.dtype)
+        self._report = on_phase or (lambda name, seconds: None)
+        self._num_neighbours = num_neighbours
+        self._group = Group() if ranks is None else ranks.group
+        self._stages = Stages() if ranks is None else ranks.stages
+        self._links = (None, None) if ranks is None else (ranks.before, ranks.after)
+        self.samples = self._stages.is_last and self._group.rank == 0
+        self._num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) // num_neighbours)
+        set_num_threads(self._num_threads)
+        self._device = torch.device(settings.device)
+        self._dtype = getattr(torch, settings.dtype)
         started = time.perf_counter()
         try:
             self.config = load_config(settings.model_dir)
             self.max_model_len = self._model_len(settings.max_model_len)
-            kernels = select_kernels(device, dtype)
+            self._kernels = select_kernels(self._device, self._dtype)
             self.model: CausalLM = load_model(
-                settings.model_dir, dtype=dtype, device=device, kernels=kernels, max_model_len=self.max_model_len
+                settings.model_dir,
+                dtype=self._dtype,
+                device=self._device,
+                kernels=self._kernels,
+                group=self._group,
+                stages=self._stages,
+                max_model_len=self.max_model_len,
             )
             weights = weights_fingerprint(settings.model_dir)
+            self.num_blocks = self._num_blocks()
         except (ModelError, ValueError) as error:
             raise ModelLoadError(str(error)) from error
-        report("weights", time.perf_counter() - started)
-        started = time.perf_counter()
-        num_blocks = self._num_blocks(dtype)
-        kv_cache = KVCache(self.config, kernels, num_blocks, settings.block_size, dtype)
-        sampling = SamplingRows(
-            settings.max_num_seqs,
-            self.model.logits_size,
-            tokenizer_size(settings.model_dir, self.model.logits_size),
-            self.config.eos_token_ids,
-            device=settings.device,
+        self.agreed = fingerprint_parts(settings, weights, self.model.weight_format, self._kernels.name)
+        self._report("weights", time.perf_counter() - started)
+        if ranks is None:
+            self.allocate(self.num_blocks)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make a KV cache of so many blocks, which no rank of the gang has more of than `num_blocks`; then run."""
+        settings, started = self.settings, time.perf_counter()
+        kv_cache = KVCache(
+            self.config, self._kernels, num_blocks, settings.block_size, self._dtype, self._stages, self._group
         )
+        logits_size = self.model.logits_size
+        known_ids = tokenizer_size(settings.model_dir, logits_size)
+        sampling = SamplingRows(settings.max_num_seqs, logits_size, known_ids, self.config.eos_token_ids)
+        before, after = self._links
         self.runner = ModelRunner(
             self.model,
             kv_cache,
-            sampling,
+            sampling if self.samples else None,
+            before=before,
+            after=after,
             max_num_seqs=settings.max_num_seqs,
             max_model_len=self.max_model_len,
             block_size=settings.block_size,
-            device=device,
+            device=self._device,
         )
-        report("kv cache", time.perf_counter() - started)
+        self._report("kv cache", time.perf_counter() - started)
         self.found = Found(
-            fingerprint=fingerprint(weights, settings, kernels.name),
+            fingerprint=fingerprint(self.agreed),
             max_model_len=self.max_model_len,
             num_blocks=num_blocks,
             kv_cache_bytes=kv_cache.num_bytes,
-            num_threads=num_threads,
-            kernels=kernels.name,
-            is_exact=kernels.is_exact,
+            num_threads=self._num_threads,
+            kernels=self._kernels.name,
+            is_exact=self._kernels.is_exact,
             num_parameters=self.model.num_parameters,
             weight_bytes=self.model.weight_bytes,
         )
@@ -119,14 +149,14 @@ class Worker:
             raise ModelLoadError(f"max_model_len {asked} exceeds the model's {limit} positions; lower --max-model-len")
         return asked
 
-    def _num_blocks(self, dtype: torch.dtype) -> int:
+    def _num_blocks(self) -> int:
         """Blocks that fit into kv_cache_bytes; by default what all rows could use, in bounds."""
         settings = self.settings
-        block_bytes = bytes_per_block(self.config, dtype, settings.block_size)
+        block_bytes = bytes_per_block(self.config, self._dtype, settings.block_size, self._stages, self._group)
         blocks_per_row = -(-self.max_model_len // settings.block_size)
         wanted = settings.kv_cache_bytes
         if wanted is None:
-            free = int(device_facts(settings.device).free_memory_bytes * _DEFAULT_KV_FRACTION)
+            free = int(device_facts(settings.device).free_memory_bytes * _DEFAULT_KV_FRACTION) // self._num_neighbours
             wanted = min(settings.max_num_seqs * blocks_per_row * block_bytes, free, _MAX_DEFAULT_KV_BYTES)
         num_blocks = wanted // block_bytes
         if num_blocks < blocks_per_row:
@@ -142,30 +172,38 @@ def tokenizer_size(model_dir: str, logits_size: int) -> int:
     """One more than the highest id of the tokenizer; the model may have padded rows beyond it."""
     from tokenizers import Tokenizer
 
-    path = Path(model_dir) / "tokenizer.json"
-    if not path.exists():
-        raise ModelLoadError(f"{path.name} is missing in the model folder: run `argosy pull` on the original model")
-    ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()
+    ids = Tokenizer.from_file(str(_tokenizer_file(model_dir))).get_vocab(with_added_tokens=True).values()
     return min(logits_size, max(ids) + 1)  # not the number of entries: ids may have gaps
 
 
-def fingerprint(weights: str, settings: EngineSettings, kernels: str) -> str:
-    """The resume domain (C4): whatever may change a bit of the output is in it.
+def _tokenizer_file(model_dir: str) -> Path:
+    path = Path(model_dir) / "tokenizer.json"
+    if not path.exists():
+        raise ModelLoadError(f"{path.name} is missing in the model folder: run `argosy pull` on the original model")
+    return path
 
-    Not in it, because tests show independence: thread count, batch limits, chunk sizes.
+
+def fingerprint_parts(settings: EngineSettings, weights: str, weight_format: str, kernels: str) -> dict[str, str]:
+    """Whatever may change a bit of the output, by name (C4). Every rank of a gang has the same.
+
+    Not in it, because tests show independence: thread count, batch limits, chunk sizes, and what moves
+    tensors among the ranks.
     """
-    tokenizer = hashlib.sha256((Path(settings.model_dir) / "tokenizer.json").read_bytes()).hexdigest()
-    parts = (
-        weights,
-        tokenizer,
-        settings.dtype,
-        "plain",  # weight format
-        "tp1pp1",
-        f"engine{ENGINE_VERSION}",
-        _SAMPLING_METHOD,
-        kernels,
-        torch.__version__,
-        f"numpy{np.__version__}",  # its exponentials enter sampling, and differ by version and ISA level
-        f"{settings.device}-{platform.machine()}-{device_facts(settings.device).isa}",
-    )
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    return {
+        "weights": weights,
+        "tokenizer": hashlib.sha256(_tokenizer_file(settings.model_dir).read_bytes()).hexdigest(),
+        "dtype": settings.dtype,
+        "weight format": weight_format,
+        "ranks": f"tp{settings.tensor_parallel_size}pp{settings.pipeline_parallel_size}",
+        "engine": f"engine{ENGINE_VERSION}",
+        "sampling": _SAMPLING_METHOD,
+        "kernels": kernels,
+        "torch": str(torch.__version__),
+        "numpy": f"numpy{np.__version__}",  # its exponentials enter sampling, and differ by version and ISA level
+        "device": f"{settings.device}-{platform.machine()}-{device_facts(settings.device).isa}",
+    }
+
+
+def fingerprint(parts: Mapping[str, str]) -> str:
+    """The resume domain (C4)."""
+    return hashlib.sha256("\0".join(parts.values()).encode()).hexdigest()[:32]

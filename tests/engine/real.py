@@ -11,7 +11,8 @@ import numpy as np
 from serving.block_hash import root_hash
 from serving.config import EngineSettings
 from serving.engine.core import EngineCore
-from serving.engine.executor import LocalExecutor
+from serving.engine.executor import GangExecutor, LocalExecutor
+from serving.engine.gang import Gang
 from serving.engine.output import StepOutput
 from serving.engine.request import Request
 from serving.engine.scheduler import Scheduler
@@ -52,8 +53,11 @@ class Engine:
         max_num_seqs: int = 32,
         enable_prefix_cache: bool = True,
         async_depth: int = 0,
+        gang: Gang | None = None,
     ) -> None:
+        """gang: the ranks of which `worker` is the first."""
         self.worker = worker
+        num_stages = worker.settings.pipeline_parallel_size
         self.scheduler = Scheduler(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
@@ -61,13 +65,15 @@ class Engine:
             num_blocks=num_blocks or worker.found.num_blocks,
             block_size=16,
             enable_prefix_cache=enable_prefix_cache,
+            num_stages=num_stages,
+            sends_inputs=gang is not None,
         )
         self.core = EngineCore(
             self.scheduler,
-            LocalExecutor(worker),
+            LocalExecutor(worker) if gang is None else GangExecutor(worker, gang),
             on_output=self._read,
             on_failure=self._fail,
-            async_depth=async_depth,
+            async_depth=async_depth if gang is None else num_stages - 1,
         )
         self.seen: dict[int, Transcript] = {}
         self.requests: dict[int, Request] = {}
@@ -109,11 +115,11 @@ class Engine:
         raise failure
 
 
-def alone(worker: Worker, jobs: list[Job]) -> list[Transcript]:
+def alone(worker: Worker, jobs: list[Job], gang: Gang | None = None) -> list[Transcript]:
     """Each job as the only one, its prompt in one piece, nothing cached."""
     transcripts = []
     for job in jobs:
-        engine = Engine(worker, enable_prefix_cache=False)
+        engine = Engine(worker, enable_prefix_cache=False, gang=gang)
         engine.add(0, job)
         engine.run()
         transcripts.append(engine.seen[0])
