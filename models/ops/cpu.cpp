@@ -9,6 +9,8 @@
 #include <string>
 
 #include "cpu_attention.h"
+#include "cpu_int4.h"
+#include "cpu_int8.h"
 #include "cpu_rope.h"
 
 #ifndef ARGOSY_MODULE
@@ -100,7 +102,7 @@ PyObject* py_num_threads(PyObject*, PyObject* const*, Py_ssize_t) { return PyLon
 
 // Names of the extensions that this machine could run, best first; setup.py says how each is compiled.
 PyObject* py_variants(PyObject*, PyObject* const*, Py_ssize_t) {
-  const char* names[4];
+  const char* names[5];
   Py_ssize_t count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -109,7 +111,9 @@ PyObject* py_variants(PyObject*, PyObject* const*, Py_ssize_t) {
   const bool is_v4 = is_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512vl");
-  if (is_v4 && __builtin_cpu_supports("avx512bf16")) names[count++] = "_cpu_v4_bf16";
+  if (is_v4 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    names[count++] = "_cpu_v4_bf16";
+  if (is_v4 && __builtin_cpu_supports("avx512vnni")) names[count++] = "_cpu_v4_vnni";
   if (is_v4) names[count++] = "_cpu_v4";
   if (is_v3) names[count++] = "_cpu_v3";
 #endif
@@ -163,6 +167,44 @@ PyObject* py_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
   a.is_residual = args.integer() != 0;
   a.m = args.integer(), a.n = args.integer(), a.k = args.integer();
   return launch(args, [&] { linear(a); });
+}
+
+PyObject* py_pack_int8(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments args(values, count);
+  auto* codes = args.pointer<const int8_t>();
+  auto* out = args.pointer<uint8_t>();
+  int64_t n = args.integer(), k = args.integer();
+  return launch(args, [&] { pack_int8(codes, out, n, k); });
+}
+
+PyObject* py_pack_int4(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments args(values, count);
+  auto* codes = args.pointer<const uint8_t>();
+  auto* scales = args.pointer<const uint16_t>();
+  auto* offsets = args.pointer<const uint16_t>();
+  auto* out = args.pointer<char>();
+  int64_t n = args.integer(), k = args.integer();
+  return launch(args, [&] { pack_int4(codes, scales, offsets, out, n, k); });
+}
+
+// kind: 0 = int8, 1 = int4 symmetric around 8, 2 = int4 with offsets. scales: of int8 only.
+PyObject* py_linear_codes(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments args(values, count);
+  Linear a;
+  a.x = args.pointer<const float>();
+  a.weight = args.pointer<const char>();
+  int64_t kind = args.integer();
+  auto* scales = args.pointer<const float>();
+  a.bias = args.pointer<const void>();
+  a.bias_format = int(args.integer());
+  a.out = args.pointer<float>();
+  a.is_residual = args.integer() != 0;
+  a.m = args.integer(), a.n = args.integer(), a.k = args.integer();
+  return launch(args, [&] {
+    if (kind == 0) return linear_by_codes<Int8>(a, scales);
+    if (kind == 1) return linear_by_codes<Int4<false>>(a, nullptr);
+    linear_by_codes<Int4<true>>(a, nullptr);
+  });
 }
 
 PyObject* py_rms_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -277,6 +319,7 @@ PyMethodDef methods[] = {
     METHOD(set_num_threads), METHOD(num_threads), METHOD(pack),       METHOD(linear),      METHOD(rms_norm),
     METHOD(layer_norm),      METHOD(gate_mul),    METHOD(activate),   METHOD(soft_cap),    METHOD(gather_rows),
     METHOD(rope_store),      METHOD(attention),   METHOD(variants),   METHOD(advise_huge), METHOD(has_dot),
+    METHOD(pack_int8),       METHOD(pack_int4),   METHOD(linear_codes),
     {nullptr, nullptr, 0, nullptr},
 };
 

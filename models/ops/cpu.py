@@ -16,11 +16,13 @@ import types
 
 import torch
 
+from models.ops.codes import check_codes, check_size, round_int4, round_int8
 from models.ops.cpu_attention import PagedAttention
 from models.ops.cpu_tensors import FORMATS, Arena, format_of, refuse
-from models.ops.kernels import ACTIVATIONS, GATES, PackedLinear
+from models.ops.kernels import ACTIVATIONS, GATES, GROUP_SIZE, PackedLinear
 
 PANEL = 32  # outputs per panel of a packed weight (cpu_linear.h)
+_GROUP_BYTES = 512  # codes of a panel and group of inputs; scales and offsets follow (cpu_int4.h)
 _F32 = torch.float32
 _I32 = torch.int32
 
@@ -38,6 +40,10 @@ def load_extension() -> types.ModuleType | None:
         except ImportError:
             continue
     return baseline
+
+
+def _has_offsets(packed: PackedLinear) -> bool:
+    return packed.data.shape[-1] > _GROUP_BYTES + PANEL * 2
 
 
 class CpuKernels(PagedAttention):
@@ -59,6 +65,7 @@ class CpuKernels(PagedAttention):
         self.rounds_activations: bool = extension.has_dot()  # to bf16, where they meet a bf16 weight
         self._arena = Arena(extension)
         self._linear = extension.linear
+        self._linear_codes = extension.linear_codes
         self._rms_norm = extension.rms_norm
         self._gate_mul = extension.gate_mul
         self._activate = extension.activate
@@ -71,25 +78,33 @@ class CpuKernels(PagedAttention):
         self, out_features: int, in_features: int, dtype: torch.dtype, format: str = "plain", has_offsets: bool = False
     ) -> PackedLinear:
         """Any float type; bf16 stays bf16, everything else is stored as fp32 (fp16 widens exactly)."""
-        if format != "plain":
-            raise ValueError(f"{self.name} kernels multiply plain weights only; got {format!r}")
-        stored = dtype if dtype is torch.bfloat16 else _F32
-        is_paired = self.rounds_activations and stored is torch.bfloat16
-        depth = in_features + in_features % 2 if is_paired else in_features
-        data = self._arena.empty((-(-out_features // PANEL), depth, PANEL), stored)
-        return PackedLinear(data, out_features, in_features, dtype)
+        check_size(in_features, format)
+        panels = -(-out_features // PANEL)
+        if format == "plain":
+            stored = dtype if dtype is torch.bfloat16 else _F32
+            is_paired = self.rounds_activations and stored is torch.bfloat16
+            depth = in_features + in_features % 2 if is_paired else in_features
+            return PackedLinear(self._arena.empty((panels, depth, PANEL), stored), out_features, in_features, dtype)
+        if format == "int8":
+            data = self._arena.empty((panels, -(-in_features // 4), PANEL * 4), torch.uint8)
+            return PackedLinear(data, out_features, in_features, dtype, format, scales=torch.zeros(panels * PANEL))
+        if format == "int4":
+            block = _GROUP_BYTES + PANEL * (4 if has_offsets else 2)
+            data = self._arena.empty((panels, in_features // GROUP_SIZE, block), torch.uint8)
+            return PackedLinear(data, out_features, in_features, dtype, format)
+        raise ValueError(f"format must be plain, int8 or int4; got {format!r}")
 
     def pack_rows(self, packed: PackedLinear, first_row: int, rows: torch.Tensor) -> None:
-        data = packed.data
-        num_rows, width = rows.shape
-        if first_row % PANEL or width != packed.in_features or first_row + num_rows > packed.out_features:
-            raise ValueError(
-                f"rows {first_row} to {first_row + num_rows} of {width} do not fit "
-                f"[{packed.out_features}, {packed.in_features}] in panels of {PANEL}"
-            )
-        source = rows.to(data.dtype).contiguous()
-        panel = data[first_row // PANEL :]
-        self.extension.pack(source.data_ptr(), panel.data_ptr(), FORMATS[data.dtype], num_rows, width)
+        panel = self._panel(packed, first_row, *rows.shape)
+        if packed.format == "int4":
+            self.pack_codes(packed, first_row, *round_int4(rows))
+        elif packed.scales is not None:
+            codes, scales = round_int8(rows)
+            packed.scales[first_row : first_row + len(rows)] = scales
+            self.extension.pack_int8(codes.data_ptr(), panel.data_ptr(), *rows.shape)
+        else:
+            source = rows.to(panel.dtype).contiguous()
+            self.extension.pack(source.data_ptr(), panel.data_ptr(), FORMATS[panel.dtype], *rows.shape)
 
     def pack_codes(
         self,
@@ -99,7 +114,22 @@ class CpuKernels(PagedAttention):
         scales: torch.Tensor,
         offsets: torch.Tensor | None,
     ) -> None:
-        raise ValueError(f"{self.name} kernels multiply plain weights only; got {packed.format!r}")
+        check_codes(packed, codes, scales, offsets)
+        panel = self._panel(packed, first_row, len(codes), packed.in_features)
+        parts = [None if part is None else part.contiguous() for part in (codes, scales, offsets)]
+        if (offsets is not None) != _has_offsets(packed):
+            raise ValueError(f"offsets are {'missing' if offsets is None else 'given'}: the weight was made otherwise")
+        addresses = [0 if part is None else part.data_ptr() for part in parts]
+        self.extension.pack_int4(*addresses, panel.data_ptr(), len(codes), packed.in_features)
+
+    def _panel(self, packed: PackedLinear, first_row: int, num_rows: int, width: int) -> torch.Tensor:
+        """The panels from that of `first_row` on."""
+        if first_row % PANEL or width != packed.in_features or first_row + num_rows > packed.out_features:
+            raise ValueError(
+                f"rows {first_row} to {first_row + num_rows} of {width} do not fit "
+                f"[{packed.out_features}, {packed.in_features}] in panels of {PANEL}"
+            )
+        return packed.data[first_row // PANEL :]
 
     def pack(self, weight: torch.Tensor) -> PackedLinear:
         out_features, in_features = weight.shape
@@ -130,10 +160,16 @@ class CpuKernels(PagedAttention):
                 raise refuse("bias", f"[{n}]", bias)
             address, bias_format = bias.data_ptr(), format_of(bias, "bias")
         data = weight.data
-        self._linear(
+        if weight.format == "plain":
+            multiply, format = self._linear, (FORMATS[data.dtype],)
+        elif weight.scales is not None:
+            multiply, format = self._linear_codes, (0, weight.scales.data_ptr())
+        else:
+            multiply, format = self._linear_codes, (2 if _has_offsets(weight) else 1, 0)
+        multiply(
             x.data_ptr(),
             data.data_ptr(),
-            FORMATS[data.dtype],
+            *format,
             address,
             bias_format,
             out.data_ptr(),

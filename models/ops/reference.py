@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from models.batch import Batch
-from models.ops.kernels import ACTIVATIONS, GATES, LayerKV, PackedLinear
+from models.ops.codes import check_codes, check_size, code_activations, round_int4, round_int8, split_codes
+from models.ops.kernels import ACTIVATIONS, FORMATS, GATES, GROUP_SIZE, LayerKV, PackedLinear
 
 
 class ReferenceKernels:
@@ -28,13 +29,28 @@ class ReferenceKernels:
     def empty_packed(
         self, out_features: int, in_features: int, dtype: torch.dtype, format: str = "plain", has_offsets: bool = False
     ) -> PackedLinear:
-        if format != "plain":
-            raise ValueError(f"{self.name} kernels multiply plain weights only; got {format!r}")
-        data = torch.empty(out_features, in_features, dtype=self.activation_dtype, device=self._device)
-        return PackedLinear(data, out_features, in_features, dtype)
+        check_size(in_features, format)
+        empty = functools.partial(torch.empty, device=self._device)
+        if format == "plain":
+            data = empty(out_features, in_features, dtype=self.activation_dtype)
+            return PackedLinear(data, out_features, in_features, dtype)
+        if format == "int8":
+            data = empty(out_features, in_features, dtype=torch.int8)
+            return PackedLinear(data, out_features, in_features, dtype, format, empty(out_features, dtype=torch.float32))
+        if format == "int4":
+            data = empty(out_features, in_features // 2, dtype=torch.uint8)
+            scales, offsets = (empty(out_features, in_features // GROUP_SIZE, dtype=torch.float16) for _ in range(2))
+            return PackedLinear(data, out_features, in_features, dtype, format, scales, offsets if has_offsets else None)
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
 
     def pack_rows(self, packed: PackedLinear, first_row: int, rows: torch.Tensor) -> None:
-        packed.data[first_row : first_row + len(rows)] = rows
+        here = slice(first_row, first_row + len(rows))
+        if packed.format == "int4":
+            self.pack_codes(packed, first_row, *round_int4(rows))
+        elif packed.scales is not None:
+            packed.data[here], packed.scales[here] = round_int8(rows)
+        else:
+            packed.data[here] = rows
 
     def pack_codes(
         self,
@@ -44,7 +60,12 @@ class ReferenceKernels:
         scales: torch.Tensor,
         offsets: torch.Tensor | None,
     ) -> None:
-        raise ValueError(f"{self.name} kernels multiply plain weights only; got {packed.format!r}")
+        check_codes(packed, codes, scales, offsets)
+        for into, part in ((packed.data, codes), (packed.scales, scales), (packed.offsets, offsets)):
+            if (into is None) != (part is None):
+                raise ValueError(f"offsets are {'missing' if part is None else 'given'}: the weight was made otherwise")
+            if into is not None:
+                into[first_row : first_row + len(codes)] = part
 
     def pack(self, weight: torch.Tensor) -> PackedLinear:
         out_features, in_features = weight.shape
@@ -59,8 +80,28 @@ class ReferenceKernels:
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out = F.linear(x, weight.data, None if bias is None else bias.to(x.dtype))
+        if weight.format == "plain":
+            out = F.linear(x, weight.data, None if bias is None else bias.to(x.dtype))
+        else:
+            wide = F.linear(self._as_coded(x, weight.format), self._values(weight))
+            out = (wide if bias is None else wide + bias).to(x.dtype)
         return out if residual is None else residual.add_(out)
+
+    def _as_coded(self, x: torch.Tensor, format: str) -> torch.Tensor:
+        """The values that remain of x when it is quantised."""
+        group = GROUP_SIZE if format == "int4" else x.shape[1]
+        codes, steps, _ = code_activations(x, group)
+        return codes.to(self._wide) * steps.to(self._wide).repeat_interleave(group, dim=1)
+
+    def _values(self, weight: PackedLinear) -> torch.Tensor:
+        """[out, in], widened."""
+        assert weight.scales is not None
+        scales = weight.scales.to(self._wide)
+        if weight.format == "int8":
+            return weight.data.to(self._wide) * scales.unsqueeze(1)
+        codes = split_codes(weight.data).to(self._wide).unflatten(1, (-1, GROUP_SIZE))
+        offsets = -8 * scales if weight.offsets is None else weight.offsets.to(self._wide)
+        return (codes * scales.unsqueeze(-1) + offsets.unsqueeze(-1)).flatten(1)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.to(self._wide)

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from models.batch import Batch
-from models.ops.kernels import GATES, LayerKV, PackedLinear
+from models.ops.codes import code_activations, split_codes
+from models.ops.kernels import GATES, GROUP_SIZE, LayerKV, PackedLinear
 from models.ops.reference import ReferenceKernels
 
 ROWS = 16  # of a linear's block, and queries of an attention tile
 KEYS = 128  # keys of an attention tile
+EXACT_INPUTS = 1024  # so many products of codes, 127 * 127 each, sum exactly in fp32
 VALUES = 4096  # of an elementwise block: whole vectors, and too few for torch to share among threads
 
 
@@ -35,8 +37,11 @@ class TiledKernels(ReferenceKernels):
         """Turns `is_exact` off if, on this machine, a row's bits depend on its place in a block.
 
         That is the BLAS's business and differs between machines and shapes, so every weight is tried with equal rows.
+        Products of codes are sums of integers that fp32 holds exactly in any order.
         """
         packed = super().empty_packed(out_features, in_features, dtype, format, has_offsets)
+        if format != "plain":
+            return packed
         row = torch.cos(torch.arange(in_features, dtype=torch.float32))
         out = F.linear(row.repeat(ROWS, 1), row.expand_as(packed.data))
         self.is_exact = self.is_exact and torch.equal(out, out[:1].expand_as(out))
@@ -49,12 +54,44 @@ class TiledKernels(ReferenceKernels):
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if weight.format != "plain":
+            out = self._multiply_int8(x, weight) if weight.format == "int8" else self._multiply_int4(x, weight)
+            if bias is not None:
+                out += bias.float()
+            return out if residual is None else residual.add_(out)
         rows = len(x)
         padded = F.pad(x, (0, 0, 0, -rows % ROWS))
         wide_bias = None if bias is None else bias.float()
         blocks = [F.linear(block, weight.data, wide_bias) for block in padded.split(ROWS)]  # type: ignore[no-untyped-call]
         out = torch.cat(blocks)[:rows] if blocks else x.new_zeros(0, weight.out_features)
         return out if residual is None else residual.add_(out)
+
+    def _multiply_int8(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        assert weight.scales is not None
+        codes, steps, _ = code_activations(x, x.shape[1])
+        total = torch.zeros(len(x), weight.out_features, dtype=torch.int32)
+        pieces = zip(codes.split(EXACT_INPUTS, dim=1), weight.data.split(EXACT_INPUTS, dim=1), strict=True)
+        for left, right in pieces:
+            total += F.linear(left.float(), right.float()).int()
+        return total.float() * (steps * weight.scales)
+
+    def _multiply_int4(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """Group by group, in order."""
+        assert weight.scales is not None
+        codes, steps, sums = code_activations(x, GROUP_SIZE)
+        scales = weight.scales.float()
+        offsets = None if weight.offsets is None else weight.offsets.float()
+        values = split_codes(weight.data).float()
+        if offsets is None:
+            values -= 8
+        total = torch.zeros(len(x), weight.out_features)
+        groups = zip(codes.float().split(GROUP_SIZE, dim=1), values.split(GROUP_SIZE, dim=1), strict=True)
+        for g, (left, right) in enumerate(groups):
+            step = steps[:, g : g + 1]
+            total += F.linear(left, right) * (step * scales[:, g])
+            if offsets is not None:
+                total += step * sums[:, g : g + 1] * offsets[:, g]
+        return total
 
     def gate_mul(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         if activation not in GATES:
