@@ -28,8 +28,9 @@ def code_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.T
 
     Groups are whole: K is a multiple of `group`. Broken groups are treated as in `round_int8`.
     """
-    grouped = x.float().unflatten(1, (-1, max(group, 1)))
-    peak = grouped.abs().amax(-1, keepdim=True) if group else grouped.new_zeros(len(x), 1, 1)
+    rows, width = x.shape
+    grouped = x.float().reshape(rows, width // group, group)
+    peak = grouped.abs().amax(-1, keepdim=True)
     is_used = peak.isfinite() & (peak >= _SMALLEST)
     inverse = peak.new_tensor(127.0).div(peak.masked_fill(~is_used, 1.0))  # 127.0 / peak would multiply by 1 / peak
     codes = (grouped * inverse).round_().masked_fill_(~is_used, 0.0)
@@ -43,7 +44,8 @@ def round_int4(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     A group's offset is its smallest value and 15 scales above it lies its greatest, both rounded to fp16; then each
     value takes the nearest code. Groups with a NaN or an infinity get the offset NaN.
     """
-    grouped = rows.float().unflatten(1, (-1, GROUP_SIZE))
+    height, width = rows.shape
+    grouped = rows.float().reshape(height, width // GROUP_SIZE, GROUP_SIZE)
     low, high = grouped.aminmax(dim=-1, keepdim=True)
     offsets = low.half()
     scales = ((high - offsets.float()) / 15.0).half()

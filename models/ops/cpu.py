@@ -161,11 +161,11 @@ class CpuKernels(PagedAttention):
             address, bias_format = bias.data_ptr(), format_of(bias, "bias")
         data = weight.data
         if weight.format == "plain":
-            multiply, format = self._linear, (FORMATS[data.dtype],)
+            multiply, format = self._linear, [FORMATS[data.dtype]]
         elif weight.scales is not None:
-            multiply, format = self._linear_codes, (0, weight.scales.data_ptr())
+            multiply, format = self._linear_codes, [0, weight.scales.data_ptr()]
         else:
-            multiply, format = self._linear_codes, (2 if _has_offsets(weight) else 1, 0)
+            multiply, format = self._linear_codes, [2 if _has_offsets(weight) else 1, 0]
         multiply(
             x.data_ptr(),
             data.data_ptr(),

@@ -36,11 +36,15 @@ class ReferenceKernels:
             return PackedLinear(data, out_features, in_features, dtype)
         if format == "int8":
             data = empty(out_features, in_features, dtype=torch.int8)
-            return PackedLinear(data, out_features, in_features, dtype, format, empty(out_features, dtype=torch.float32))
+            return PackedLinear(
+                data, out_features, in_features, dtype, format, empty(out_features, dtype=torch.float32)
+            )
         if format == "int4":
             data = empty(out_features, in_features // 2, dtype=torch.uint8)
             scales, offsets = (empty(out_features, in_features // GROUP_SIZE, dtype=torch.float16) for _ in range(2))
-            return PackedLinear(data, out_features, in_features, dtype, format, scales, offsets if has_offsets else None)
+            return PackedLinear(
+                data, out_features, in_features, dtype, format, scales, offsets if has_offsets else None
+            )
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
 
     def pack_rows(self, packed: PackedLinear, first_row: int, rows: torch.Tensor) -> None:
@@ -64,7 +68,7 @@ class ReferenceKernels:
         for into, part in ((packed.data, codes), (packed.scales, scales), (packed.offsets, offsets)):
             if (into is None) != (part is None):
                 raise ValueError(f"offsets are {'missing' if part is None else 'given'}: the weight was made otherwise")
-            if into is not None:
+            if into is not None and part is not None:
                 into[first_row : first_row + len(codes)] = part
 
     def pack(self, weight: torch.Tensor) -> PackedLinear:
@@ -99,7 +103,7 @@ class ReferenceKernels:
         scales = weight.scales.to(self._wide)
         if weight.format == "int8":
             return weight.data.to(self._wide) * scales.unsqueeze(1)
-        codes = split_codes(weight.data).to(self._wide).unflatten(1, (-1, GROUP_SIZE))
+        codes = split_codes(weight.data).to(self._wide).view(*scales.shape, GROUP_SIZE)
         offsets = -8 * scales if weight.offsets is None else weight.offsets.to(self._wide)
         return (codes * scales.unsqueeze(-1) + offsets.unsqueeze(-1)).flatten(1)
 

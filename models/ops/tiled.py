@@ -70,9 +70,9 @@ class TiledKernels(ReferenceKernels):
         assert weight.scales is not None
         codes, steps, _ = code_activations(x, x.shape[1])
         total = torch.zeros(len(x), weight.out_features, dtype=torch.int32)
-        pieces = zip(codes.split(EXACT_INPUTS, dim=1), weight.data.split(EXACT_INPUTS, dim=1), strict=True)
-        for left, right in pieces:
-            total += F.linear(left.float(), right.float()).int()
+        for first in range(0, weight.in_features, EXACT_INPUTS):
+            here = slice(first, first + EXACT_INPUTS)
+            total += F.linear(codes[:, here].float(), weight.data[:, here].float()).int()
         return total.float() * (steps * weight.scales)
 
     def _multiply_int4(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
@@ -85,10 +85,10 @@ class TiledKernels(ReferenceKernels):
         if offsets is None:
             values -= 8
         total = torch.zeros(len(x), weight.out_features)
-        groups = zip(codes.float().split(GROUP_SIZE, dim=1), values.split(GROUP_SIZE, dim=1), strict=True)
-        for g, (left, right) in enumerate(groups):
-            step = steps[:, g : g + 1]
-            total += F.linear(left, right) * (step * scales[:, g])
+        wide = codes.float()
+        for g in range(weight.in_features // GROUP_SIZE):
+            here, step = slice(g * GROUP_SIZE, (g + 1) * GROUP_SIZE), steps[:, g : g + 1]
+            total += F.linear(wide[:, here], values[:, here]) * (step * scales[:, g])
             if offsets is not None:
                 total += step * sums[:, g : g + 1] * offsets[:, g]
         return total

@@ -22,7 +22,7 @@ def test_a_cpu_gets_the_best_compiled_kernels() -> None:
 
 
 def test_without_a_compiler_a_cpu_gets_the_tiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_cpu_base", "_cpu_v3", "_cpu_v4", "_cpu_v4_bf16"):
+    for name in ("_cpu_base", "_cpu_v3", "_cpu_v4", "_cpu_v4_vnni", "_cpu_v4_bf16"):
         monkeypatch.setitem(sys.modules, f"models.ops.{name}", None)
     load_extension.cache_clear()
     try:
@@ -36,7 +36,7 @@ def test_without_a_compiler_a_cpu_gets_the_tiled_kernels(monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(not COMPILED, reason="no compiled kernels")
 def test_a_variant_that_was_not_built_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_cpu_v3", "_cpu_v4", "_cpu_v4_bf16"):
+    for name in ("_cpu_v3", "_cpu_v4", "_cpu_v4_vnni", "_cpu_v4_bf16"):
         monkeypatch.setitem(sys.modules, f"models.ops.{name}", None)
     load_extension.cache_clear()
     try:
