@@ -42,9 +42,15 @@ def serve(
     ] = None,
     replicas: Annotated[str | None, _flag("Copies of the model. [1]", "N")] = None,
     gateways: Annotated[str | None, _flag("Gateway processes; more than 1 comes later. [1]", "N")] = None,
-    tensor_parallel_size: Annotated[str | None, _flag("Ranks per layer; more than 1 comes later. [1]", "N")] = None,
-    pipeline_parallel_size: Annotated[str | None, _flag("Pipeline stages; more than 1 comes later. [1]", "N")] = None,
-    dtype: Annotated[str | None, _flag("Type of weights and activations. [bfloat16]", "bfloat16|float32")] = None,
+    tensor_parallel_size: Annotated[str | None, _flag("Ranks that share every layer. [1]", "N")] = None,
+    pipeline_parallel_size: Annotated[str | None, _flag("Stages that share out the layers. [1]", "N")] = None,
+    collectives: Annotated[
+        str | None, _flag("What moves tensors among ranks. [auto]", "auto|shared-memory|gloo|nccl")
+    ] = None,
+    dtype: Annotated[str | None, _flag("Type of weights. [bfloat16]", "bfloat16|float16|float32")] = None,
+    quantization: Annotated[
+        str | None, _flag("Format of linear layers; auto takes the model's. [auto]", "auto|none|int8|int4")
+    ] = None,
     device: Annotated[str | None, _flag("Where the model computes. [cpu]", "cpu|cuda")] = None,
     max_model_len: Annotated[str | None, _flag("Prompt and output tokens of one request. [the model's]", "N")] = None,
     max_num_seqs: Annotated[str | None, _flag("Rows that a replica runs at once. [32]", "N")] = None,

@@ -121,8 +121,6 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
 
 _LATER: Final = {
     "gateways": "several gateway processes",
-    "tensor_parallel_size": "tensor parallelism",
-    "pipeline_parallel_size": "pipeline parallelism",
 }
 """Settings that exist, whose values above 1 are refused until their feature does."""
 
@@ -302,6 +300,7 @@ def _assemble(values: dict[str, Any], environ: Mapping[str, str]) -> ServeSettin
     serve["served_model_name"] = name
     engine = part(EngineSettings)
     _fit_budget(engine)
+    _fit_collectives(engine)
     return ServeSettings(
         **serve,
         engine=EngineSettings(model_dir="", served_model_name=name, **engine),
@@ -324,6 +323,17 @@ def _fit_budget(engine: dict[str, Any]) -> None:
         )
     if asked is None and rows > _default(EngineSettings, "max_num_batched_tokens"):
         engine["max_num_batched_tokens"] = rows
+
+
+def _fit_collectives(engine: dict[str, Any]) -> None:
+    """What moves tensors must reach them."""
+    device = engine.get("device", _default(EngineSettings, "device"))
+    reached = {"shared-memory": "cpu", "gloo": "cpu", "nccl": "cuda"}.get(engine.get("collectives", "auto"), device)
+    if reached != device:
+        raise SettingsError(
+            f"--collectives: {engine['collectives']} moves tensors of --device {reached}, not {device}; "
+            "leave it at auto"
+        )
 
 
 def derived_name(model: str) -> str:

@@ -27,7 +27,7 @@ class Found:
     cores: int  # this process may use
     memory_available_bytes: int  # the smaller of the machine's and the control group's
     has_cuda: bool  # a device is present and the installed torch was built for it
-    num_threads: int  # of each replica
+    num_threads: int  # of each rank
     store: str
 
 
@@ -35,6 +35,7 @@ def find(settings: ServeSettings) -> Found:
     """Facts of this machine. Imports neither torch nor ray, so that refusals stay fast."""
     cores = len(os.sched_getaffinity(0))
     torch = _installed("torch")
+    num_ranks = settings.engine.tensor_parallel_size * settings.engine.pipeline_parallel_size
     return Found(
         argosy=_installed("argosy"),
         python=platform.python_version(),
@@ -43,7 +44,7 @@ def find(settings: ServeSettings) -> Found:
         cores=cores,
         memory_available_bytes=_memory_available_bytes(),
         has_cuda=Path("/dev/nvidiactl").exists() and not torch.endswith("+cpu"),
-        num_threads=settings.engine.num_threads or max(1, cores // settings.replicas),
+        num_threads=settings.engine.num_threads or max(1, cores // (settings.replicas * num_ranks)),
         store=settings.store,
     )
 

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,10 @@ class StandInServer:
         secret: bytes,
         listen: str,
         on_phase: Callable[[str, float], None] | None = None,
+        ranks: Sequence[socket.socket] = (),
     ) -> None:
         assert len(secret) == 32
+        self.ranks = ranks  # real ones, which wait for their first order
         self._settings = settings
         self._on_phase = on_phase or (lambda name, seconds: None)
         self._listener, self.address = bind(listen)

@@ -73,14 +73,18 @@ def test_what_is_no_size(text: str) -> None:
         ({"port": "-1"}, "--port: -1 is outside 0 to 65,535"),
         ({"replicas": "0"}, "--replicas: 0 is outside 1 to 64"),
         ({"runtime": "slurm"}, "--runtime: 'slurm' is not one of ray, local"),
-        ({"dtype": "int3"}, "--dtype: 'int3' is not one of bfloat16, float32"),
+        ({"dtype": "int3"}, "--dtype: 'int3' is not one of bfloat16, float16, float32"),
         ({"kv_cache_bytes": "lots"}, "--kv-cache-bytes: expected a size such as 512MiB or 2GiB, not 'lots'"),
         ({"kv_cache_bytes": "1KiB"}, "--kv-cache-bytes: 1,024 is outside 1,048,576 to"),
         ({"seed": "1.5"}, "--seed: expected a whole number, not '1.5'"),
         ({"model": " "}, "--model: name a model, for example smollm2-135m-instruct"),
         ({"gateways": "2"}, "--gateways: several gateway processes (2) comes with a later release"),
-        ({"tensor_parallel_size": "2"}, "--tensor-parallel-size: tensor parallelism (2) comes with a later release"),
-        ({"pipeline_parallel_size": "4"}, "--pipeline-parallel-size: pipeline parallelism (4) comes with"),
+        ({"tensor_parallel_size": "0"}, "--tensor-parallel-size: 0 is outside 1 to 64"),
+        ({"pipeline_parallel_size": "65"}, "--pipeline-parallel-size: 65 is outside 1 to 64"),
+        ({"quantization": "int2"}, "--quantization: 'int2' is not one of auto, none, int8, int4"),
+        ({"collectives": "mpi"}, "--collectives: 'mpi' is not one of auto, shared-memory, gloo, nccl"),
+        ({"collectives": "nccl"}, "--collectives: nccl moves tensors of --device cuda, not cpu; leave it at auto"),
+        ({"collectives": "gloo", "device": "cuda"}, "--collectives: gloo moves tensors of --device cpu, not cuda"),
     ],
 )
 def test_a_refusal_names_the_flag_the_limit_and_the_value(flags: dict[str, object], message: str) -> None:
@@ -168,10 +172,30 @@ def test_what_is_shown_as_asked_is_a_config_file(tmp_path: Path) -> None:
     assert "secret" not in asked and "fd" not in asked
 
 
+def test_a_gang_and_a_format_are_asked_for_by_flags() -> None:
+    settings = load(
+        {
+            "tensor_parallel_size": "2",
+            "pipeline_parallel_size": "3",
+            "quantization": "int8",
+            "dtype": "float16",
+            "collectives": "gloo",
+        }
+    )
+    asked = settings.engine
+    assert (asked.tensor_parallel_size, asked.pipeline_parallel_size) == (2, 3)
+    assert (asked.quantization, asked.dtype, asked.collectives) == ("int8", "float16", "gloo")
+    plain = load().engine
+    assert (plain.tensor_parallel_size, plain.quantization, plain.collectives) == (1, "auto", "auto")
+    assert load({"device": "cuda", "collectives": "nccl"}).engine.collectives == "nccl"
+
+
 def test_threads_are_shared_among_replicas() -> None:
     one = found.find(load())
     assert one.num_threads == one.cores
     assert found.find(load({"replicas": "64"})).num_threads == 1
+    gang = load({"tensor_parallel_size": "2", "pipeline_parallel_size": "2"})
+    assert found.find(gang).num_threads == max(1, one.cores // 4)
     assert found.find(load(ARGOSY_NUM_THREADS="3")).num_threads == 3
 
 

@@ -20,12 +20,14 @@ from typing import Any, Final
 import msgspec
 
 from serving import config
+from serving.config import EngineSettings
 from serving.control import Deploy, Event, Failed, Note, Phase, Ready, RuntimeEnd, RuntimeSettings
-from serving.deployments.document import MODEL_APP, ReplicaArguments, serve_config
+from serving.deployments.document import MODEL_APP, ReplicaArguments, cpu_share, num_ranks, serve_config
 
 OBJECT_STORE_BYTES: Final = 100 << 20  # no tensor and no token ever passes through it
 WATCH_STARTING_S: Final = 0.1
 WATCH_STEADY_S: Final = 1.0
+PLACEMENT_S: Final = 20.0
 
 
 def ray_environment(session: Path, token_file: Path) -> dict[str, str]:
@@ -66,7 +68,6 @@ def start_cluster(session: Path, *, cores: int, directory_port: int, tell: Any =
     ray.init(
         address="local",  # never a cluster that RAY_ADDRESS or a file names
         num_cpus=cores,
-        num_gpus=0,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
@@ -104,6 +105,34 @@ def deploy_failure(application: str) -> str:
     return f"Ray Serve gave up on the {application}: {lines[-1] if lines else 'no reason told'}"
 
 
+def waiting_gang() -> str:
+    """Why a gang has no place, in one line; "" when none waits. This cluster never grows: waiting is in vain."""
+    from serving.deployments.ranks import waiting_placement
+
+    described = waiting_placement()
+    return f"a replica's gang finds no place: {described}" if described else ""
+
+
+def num_gpus() -> int:
+    """GPUs of the cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def room_for(engine: EngineSettings, replicas: int, gpus: int) -> tuple[int, str]:
+    """(max_surge_percent, "") or (0, why the replicas find no place), by the number of GPUs (C19e)."""
+    needed = replicas * num_ranks(engine)
+    if engine.device != "cuda" or gpus >= 2 * needed:
+        return 100, ""
+    if gpus >= needed:
+        return 0, ""
+    return 0, (
+        f"{replicas} x {num_ranks(engine)} ranks need {needed} GPUs, and Ray found {gpus}; lower --replicas, "
+        "--tensor-parallel-size or --pipeline-parallel-size"
+    )
+
+
 class RayRuntime:
     """Has Serve keep the replicas, and tells the supervisor what happens."""
 
@@ -115,6 +144,7 @@ class RayRuntime:
         self._num_reports = 0
         self._members: set[str] = set()
         self._asked_s = 0.0
+        self._deployed_s = 0.0
 
     def run(self) -> None:
         """Returns when told to stop, with the cluster gone."""
@@ -144,15 +174,21 @@ class RayRuntime:
 
     def _deploy(self, order: Deploy) -> None:
         self._order, self._was_ready, self._num_reports = order, False, 0
+        surge, problem = room_for(order.engine, order.replicas, num_gpus())
+        if problem:
+            self._tell(Failed(problem))
+            return
+        if surge == 0:
+            self._tell(Note("an update will stop a replica before it starts its successor: no GPUs are left for both"))
         arguments = ReplicaArguments(
             engine=order.engine,
             secret_file=self._settings.secret_file,
             drain_timeout_s=self._settings.drain_timeout_s,
             server=self._settings.server,
         )
-        # Half of what there is, so that a rolling update finds room for a second set.
-        share = round(self._settings.cores / (2 * order.replicas), 2)
-        deploy(serve_config(arguments, num_replicas=order.replicas, num_cpus=share))
+        share = cpu_share(self._settings.cores, order.replicas, order.engine)
+        deploy(serve_config(arguments, num_replicas=order.replicas, num_cpus=share, max_surge_percent=surge))
+        self._deployed_s = time.monotonic()
 
     def _watch(self) -> None:
         listing = self._fetch("/directory?since=-1")
@@ -183,6 +219,8 @@ class RayRuntime:
             return
         self._asked_s = now
         problem = deploy_failure(MODEL_APP)
+        if not problem and now - self._deployed_s > PLACEMENT_S:
+            problem = waiting_gang()
         if problem:
             self._tell(Failed(problem))
 

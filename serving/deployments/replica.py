@@ -10,14 +10,18 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import secrets
+import time
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 from ray import serve
+from ray.util import get_current_placement_group, get_node_ip_address
 
 from serving.deployments.directory import RENEW_S
-from serving.deployments.document import DIRECTORY_APP, DIRECTORY_DEPLOYMENT, ReplicaArguments
+from serving.deployments.document import DIRECTORY_APP, DIRECTORY_DEPLOYMENT, ReplicaArguments, num_ranks
+from serving.deployments.ranks import RankActors
 from serving.errors import ModelLoadError, SettingsError
 
 logger = logging.getLogger("ray.serve")
@@ -33,6 +37,7 @@ class Replica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state = "ready"
         self._server: Any = None
+        self._ranks: RankActors | None = None
         self._renewal: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
 
@@ -45,22 +50,47 @@ class Replica:
         except (ModelLoadError, SettingsError, MemoryError, ImportError) as error:
             text = str(error) or "out of memory while loading the model"
             await self._tell("report", self._id, "load", 0.0, text)
+            self._kill_ranks()
             raise
         await self._renew_once()
         self._renewal = asyncio.create_task(self._renew())
 
     def _load(self, on_phase: Any) -> Any:
         arguments = self._arguments
+        if num_ranks(arguments.engine) > 1:
+            self._ranks = self._start_ranks()  # first: they import torch while this process does
         module, name = arguments.server.split(":")
-        server = getattr(importlib.import_module(module), name)(
+        server_class = getattr(importlib.import_module(module), name)
+        begun = time.monotonic()
+        sockets = []
+        if self._ranks is not None:
+            sockets = self._ranks.sockets()
+            on_phase("ranks", time.monotonic() - begun)
+        server = server_class(
             arguments.engine,
             replica_id=self._id,
             secret=Path(arguments.secret_file).read_bytes(),
             listen=arguments.listen,
             on_phase=on_phase,
+            ranks=sockets,
         )
         server.start()
         return server
+
+    def _start_ranks(self) -> RankActors:
+        placement = get_current_placement_group()
+        if placement is None:
+            raise ModelLoadError("a replica of several ranks has no placement group; deploy it through `serve_config`")
+        host = self._arguments.listen.split(":")[1]
+        if host == "0.0.0.0":
+            host = get_node_ip_address()
+        # A start has a name of its own: a rank of an earlier one is never taken for one of this.
+        gang = f"{self._id}-{secrets.token_hex(8)}"
+        return RankActors(placement, gang, host, self._arguments.secret_file)
+
+    def _kill_ranks(self) -> None:
+        if self._ranks is not None:
+            self._ranks.kill()
 
     async def check_health(self) -> None:
         """Serve kills this replica when it raises: the step loop is the truth, not this loop."""
@@ -80,6 +110,7 @@ class Replica:
             self._renewal.cancel()
         await self._tell("leave", self._id)
         await asyncio.to_thread(server.close)
+        self._kill_ranks()
 
     async def _renew(self) -> None:
         while True:
