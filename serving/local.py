@@ -7,6 +7,9 @@ soon as its weights are mapped. It stays single-threaded: nothing else is safe b
 Every replica answers on a Unix socket of its own in the private run folder, under the same path
 after each restart. It reports over a pipe: lines of JSON events while it starts, then one pulse
 each half second for as long as its step loop is healthy. Silence is death (C13, C19b).
+
+A replica of several ranks is as many processes. They are forked together, rank 0 with a socket to each
+of the others, and whichever dies takes all of them along (C11).
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ import importlib
 import os
 import selectors
 import signal
+import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import msgspec
 
@@ -46,15 +51,19 @@ SILENCE_S: Final = 3.0
 STEADY_S: Final = 10.0  # a replica that lived this long restarts at once
 MAX_BACKOFF_S: Final = 5.0
 MAX_EARLY_DEATHS: Final = 3
+GRACE_S: Final = 1.0  # for rank 0 to say why, when another rank has died
 _PULSE: Final = b"."
 
 
 @dataclasses.dataclass(slots=True)
 class _Replica:
-    """One slot: the process in it changes, its index and socket do not."""
+    """One slot: the processes in it change, its index and socket do not."""
 
     index: int
-    pid: int = 0  # 0 = not running
+    pids: dict[int, int] = dataclasses.field(default_factory=dict)  # by rank; empty = not running
+    ended: dict[int, int] = dataclasses.field(default_factory=dict)  # rank -> status, of those that we have reaped
+    pidfds: dict[int, int] = dataclasses.field(default_factory=dict)  # by rank, of the others than rank 0
+    grace_until_s: float | None = None  # a rank has died: rank 0 must be gone by then
     report_fd: int = -1
     report: bytes = b""
     is_ready: bool = False
@@ -63,6 +72,10 @@ class _Replica:
     heard_s: float = 0.0
     failures: int = 0  # deaths in a row before STEADY_S
     restart_s: float | None = 0.0  # when to fork; None = running
+
+    @property
+    def pid(self) -> int:
+        return self.pids.get(0, 0)
 
 
 class LocalRuntime:
@@ -77,6 +90,7 @@ class LocalRuntime:
         self._replicas: list[_Replica] = []
         self._engine: EngineSettings | None = None
         self._server: Any = None
+        self._run_rank: Callable[[socket.socket], NoReturn] | None = None
         self._was_ready = False
         self._looked_s = time.monotonic()
 
@@ -100,19 +114,23 @@ class LocalRuntime:
                             return
                         for order in orders:
                             self._deploy(order)
-                    elif key.data is not None:
+                    elif key.fd in key.data.pidfds.values():
+                        self._note_death(key.data, key.fd)
+                    elif key.fd == key.data.report_fd:
                         self._read_report(key.data)
                 self._mend(time.monotonic())
         finally:
             self._stop()
 
     def _timeout(self) -> float:
-        due = [r.restart_s for r in self._replicas if r.restart_s is not None]
+        due = [at for r in self._replicas for at in (r.restart_s, r.grace_until_s) if at is not None]
         return max(0.0, min([PULSE_S, *(at - time.monotonic() for at in due)]))
 
     def _deploy(self, order: Deploy) -> None:
         self._engine = order.engine
         self._was_ready = False
+        if _num_ranks(order.engine) > 1:
+            self._run_rank = importlib.import_module("serving.engine.rank").run_rank
         for index in range(len(self._replicas), order.replicas):
             self._replicas.append(_Replica(index))
         for replica in self._replicas[order.replicas :]:
@@ -132,19 +150,28 @@ class LocalRuntime:
                 self._tell(Note(f"replica {replica.index} (pid {replica.pid}) stands still; killed"))
                 replica.is_ready = False
                 os.kill(replica.pid, signal.SIGKILL)  # its end is seen as EOF of its report
+            elif replica.grace_until_s is not None and now >= replica.grace_until_s:
+                replica.grace_until_s = None
+                os.kill(replica.pid, signal.SIGKILL)
 
     def _start(self, replica: _Replica) -> None:
         assert self._engine is not None
         with contextlib.suppress(FileNotFoundError):
             Path(local_address(Path(self._settings.run_dir), replica.index).removeprefix("unix:")).unlink()
-        read_fd, write_fd = os.pipe()
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._become(replica.index, parent, write_fd)
+        pairs = [socket.socketpair() for _ in range(_num_ranks(self._engine) - 1)]
+        ends = [end for pair in pairs for end in pair]
+        for rank, (_, end) in enumerate(pairs, 1):
+            replica.pids[rank] = pid = self._fork(ends, lambda end=end: self._be_rank(end), kept=[end])  # type: ignore[misc]
+            replica.pidfds[rank] = os.pidfd_open(pid)
+            self._selector.register(replica.pidfds[rank], selectors.EVENT_READ, replica)
+        read_fd, write_fd = os.pipe()  # now, so that the other ranks do not hold it open
+        to_ranks = [end for end, _ in pairs]
+        replica.pids[0] = self._fork(ends, lambda: self._be_front(replica.index, write_fd, to_ranks), kept=to_ranks)
         os.close(write_fd)
+        for end in ends:  # each belongs to one process, or its end would never be seen
+            end.close()
         now = time.monotonic()
-        replica.pid, replica.report_fd, replica.report = pid, read_fd, b""
+        replica.report_fd, replica.report = read_fd, b""
         replica.is_ready, replica.started_s, replica.heard_s, replica.restart_s = False, now, now, None
         self._selector.register(read_fd, selectors.EVENT_READ, replica)
 
@@ -173,27 +200,54 @@ class LocalRuntime:
             self._was_ready = True
             self._tell(Ready())
 
+    def _note_death(self, replica: _Replica, pidfd: int) -> None:
+        """A rank other than rank 0 is dead. Rank 0 sees it too, says why and goes; if it cannot, it is killed."""
+        rank = next(rank for rank, fd in replica.pidfds.items() if fd == pidfd)
+        self._forget(replica, rank)
+        _, replica.ended[rank] = os.waitpid(replica.pids[rank], 0)
+        replica.grace_until_s = replica.grace_until_s or time.monotonic() + GRACE_S
+
+    def _forget(self, replica: _Replica, rank: int) -> None:
+        self._selector.unregister(replica.pidfds[rank])
+        os.close(replica.pidfds.pop(rank))
+
     def _reap(self, replica: _Replica) -> None:
         self._selector.unregister(replica.report_fd)
         os.close(replica.report_fd)
-        _, status = os.waitpid(replica.pid, 0)
+        _, replica.ended[0] = os.waitpid(replica.pid, 0)
+        how, pid = self._end_ranks(replica), replica.pid
         lived = time.monotonic() - replica.started_s
         replica.failures = 0 if lived > STEADY_S and replica.is_ready else replica.failures + 1
         wait = 0.0 if replica.failures <= 1 else min(MAX_BACKOFF_S, 0.1 * 2**replica.failures)
-        how = _how(status)
-        pid, replica.pid, replica.report_fd, replica.is_ready = replica.pid, 0, -1, False
+        replica.pids, replica.ended, replica.grace_until_s = {}, {}, None
+        replica.report_fd, replica.is_ready = -1, False
         replica.restart_s = time.monotonic() + wait
         self._tell(Note(f"replica {replica.index} (pid {pid}) {how}; restarting"))
         if not replica.has_been_ready and replica.failures == MAX_EARLY_DEATHS:
             hint = "; is there enough memory?" if "SIGKILL" in how else ""
             self._tell(Failed(f"replica {replica.index} {how} {MAX_EARLY_DEATHS} times while loading{hint}"))
 
+    def _end_ranks(self, replica: _Replica) -> str:
+        """No process of the gang is left. Returns how those ended that we did not kill, the first one first."""
+        for rank in list(replica.pidfds):
+            pid, status = os.waitpid(replica.pids[rank], os.WNOHANG)
+            if pid:
+                replica.ended[rank] = status
+            else:
+                os.kill(replica.pids[rank], signal.SIGKILL)
+                os.waitpid(replica.pids[rank], 0)
+            self._forget(replica, rank)
+        if len(replica.pids) == 1:
+            return _how(replica.ended[0])
+        return ", ".join(f"rank {rank} {_how(status)}" for rank, status in replica.ended.items())
+
     def _end(self, replica: _Replica) -> None:
         if replica.pid:
             os.kill(replica.pid, signal.SIGKILL)
             self._selector.unregister(replica.report_fd)
             os.close(replica.report_fd)
-            os.waitpid(replica.pid, 0)
+            _, replica.ended[0] = os.waitpid(replica.pid, 0)
+            self._end_ranks(replica)
 
     def _stop(self) -> None:
         for replica in self._replicas:
@@ -202,31 +256,50 @@ class LocalRuntime:
     def _tell(self, event: Event) -> None:
         self._supervisor.tell(event)
 
-    # --- in the fork ----------------------------------------------------------------------------
+    # --- in the forks ---------------------------------------------------------------------------
 
-    def _become(self, index: int, parent: int, report_fd: int) -> None:
-        """The forked process: never returns."""
+    def _fork(self, ends: Sequence[socket.socket], run: Callable[[], None], *, kept: Sequence[socket.socket]) -> int:
+        """The pid of a new process that executes `run` and exits. Of the sockets `ends` it keeps `kept`."""
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            return pid
         code = 1
         try:
             leash(parent)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._supervisor.socket.close()
             self._selector.close()
+            for end in ends:
+                if end not in kept:
+                    end.close()
             for other in self._replicas:
-                if other.report_fd >= 0:
-                    os.close(other.report_fd)
-            self._serve(index, report_fd)
+                for fd in (*other.pidfds.values(), other.report_fd):
+                    if fd >= 0:
+                        os.close(fd)
+            run()
             code = 0
-        except (ModelLoadError, SettingsError, MemoryError) as error:
-            os.write(report_fd, encode_line(Failed(str(error) or "out of memory while loading the model")))
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
             sys.stderr.flush()
             os._exit(code)
 
-    def _serve(self, index: int, report_fd: int) -> None:
+    def _be_rank(self, end: socket.socket) -> None:
+        assert self._run_rank is not None
+        self._run_rank(end)
+
+    def _be_front(self, index: int, report_fd: int, ranks: Sequence[socket.socket]) -> None:
+        """Rank 0 of a replica."""
+        try:
+            self._serve(index, report_fd, ranks)
+        except (ModelLoadError, SettingsError, MemoryError) as error:
+            os.write(report_fd, encode_line(Failed(str(error) or "out of memory while loading the model")))
+            os._exit(1)
+
+    def _serve(self, index: int, report_fd: int, ranks: Sequence[socket.socket]) -> None:
         assert self._engine is not None
+        gang = {"ranks": ranks} if ranks else {}
 
         def report(event: Event) -> None:
             os.write(report_fd, encode_line(event))
@@ -237,6 +310,7 @@ class LocalRuntime:
             secret=self._secret,
             listen=local_address(Path(self._settings.run_dir), index),
             on_phase=lambda name, seconds: report(Phase(f"replica {index}", name, seconds)),
+            **gang,
         )
         server.start()
         report(Ready())
@@ -246,6 +320,10 @@ class LocalRuntime:
                 raise RuntimeError(f"replica {index} is sick: {why}")
             os.write(report_fd, _PULSE + b"\n")
             time.sleep(PULSE_S)
+
+
+def _num_ranks(engine: EngineSettings) -> int:
+    return engine.tensor_parallel_size * engine.pipeline_parallel_size
 
 
 def _how(status: int) -> str:
