@@ -30,12 +30,24 @@ class LinearScaling:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class YarnScaling:
+    """YaRN: long waves stretched by `factor`, short ones kept, a ramp between (Peng et al. 2023)."""
+
+    factor: float
+    attention_factor: float  # of cosines and sines: the temperature of the attention, once for q and once for k
+    beta_fast: float  # turns within the old context: above it a wave is short
+    beta_slow: float  # likewise: below it a wave is long
+    original_max_position_embeddings: int
+    is_truncated: bool = True  # whether the ramp begins and ends at whole frequencies
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rotary:
     """Rotary position embeddings (RoFormer, Su et al. 2021) of the first `size` elements of every head."""
 
     theta: float
     size: int
-    scaling: Llama3Scaling | LinearScaling | None = None
+    scaling: Llama3Scaling | LinearScaling | YarnScaling | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +55,7 @@ class Experts:
     """A mixture of experts in place of the feed-forward network (Shazeer et al. 2017)."""
 
     num_experts: int
-    num_experts_per_token: int
+    num_experts_per_token: int  # at most num_experts
     intermediate_size: int  # of one expert
     is_normalised: bool  # weights of the chosen experts add up to 1
     dense_layers: tuple[int, ...] = ()  # layers with an ordinary feed-forward network

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from models.config import LinearScaling, Llama3Scaling, ModelError, Rotary
+from models.config import Experts, LinearScaling, Llama3Scaling, ModelError, Rotary, YarnScaling
 
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_SIZE = 1 << 24  # no dimension of a real model comes near; beyond it a config is broken or hostile
+
+_LOCAL = "sliding_attention"
+_GLOBAL = "full_attention"
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -65,6 +68,11 @@ class Fields:
     def has(self, name: str) -> bool:
         return self.values.get(name) is not None
 
+    def with_defaults(self, **defaults: Any) -> Fields:
+        """The same with `defaults` where a field is absent or null."""
+        present = {name: value for name, value in self.values.items() if value is not None}
+        return Fields({**self.values, **defaults, **present}, self.where, self._generation)
+
     def size(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = self._get(name, default)
         if type(value) is not int or not least <= value <= _MAX_SIZE:
@@ -76,6 +84,17 @@ class Fields:
         if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
             raise ModelError(f"{self.where}{name} must be a positive number; got {shown(value)}")
         return float(value)
+
+    def cap(self, name: str) -> float:
+        """A soft cap; 0 = none."""
+        return self.positive(name) if self.has(name) else 0.0
+
+    def layers(self, name: str, num_layers: int) -> frozenset[int]:
+        """A list of layers' indices, none if absent."""
+        value = self._get(name, [])
+        if not isinstance(value, list) or any(type(i) is not int or not 0 <= i < num_layers for i in value):
+            raise ModelError(f"{self.where}{name} must hold layers from 0 to {num_layers - 1}; got {shown(value)}")
+        return frozenset(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self._get(name, default)
@@ -134,6 +153,28 @@ class Fields:
             "bos_token_id": bos[0] if bos else None,
         }
 
+    def experts(
+        self,
+        num_experts: str,
+        default_experts: int,
+        default_per_token: int,
+        intermediate_size: int,
+        is_normalised: bool,
+        dense_layers: tuple[int, ...] = (),
+    ) -> Experts:
+        """num_experts: name of that field; intermediate_size: of one expert."""
+        experts = self.size(num_experts, default_experts)
+        chosen = self.size("num_experts_per_tok", default_per_token)
+        if chosen > experts:
+            raise ModelError(f"{self.where}num_experts_per_tok must be at most {num_experts} {experts}; got {chosen}")
+        return Experts(
+            num_experts=experts,
+            num_experts_per_token=chosen,
+            intermediate_size=intermediate_size,
+            is_normalised=is_normalised,
+            dense_layers=dense_layers,
+        )
+
     def rotary(
         self,
         head_size: int,
@@ -149,8 +190,10 @@ class Fields:
         """
         name = "rope_parameters" if self.has("rope_parameters") else "rope_scaling"
         nested = self.values.get(name)
-        if isinstance(nested, Mapping) and layer_type in nested:
-            nested = nested[layer_type]
+        if isinstance(nested, Mapping) and any(isinstance(value, Mapping) for value in nested.values()):
+            if not layer_type:
+                raise ModelError(f"{self.where}{name} must be the same for all layers; got {', '.join(nested)}")
+            nested, name = nested.get(layer_type), f"{name}: {layer_type}"
         if nested is None:
             nested = {}
         if not isinstance(nested, Mapping):
@@ -169,18 +212,22 @@ class Fields:
             raise ModelError(f"{rope.where}head_dim must be even for rotary embeddings; got {part:g} of {head_size}")
         return Rotary(theta=rope.positive("rope_theta", default_theta), size=size, scaling=self._scaling(rope))
 
-    def _scaling(self, rope: Fields) -> Llama3Scaling | LinearScaling | None:
-        kind = rope.one_of("rope_type", ("default", "linear", "llama3"))
+    def _scaling(self, rope: Fields) -> Llama3Scaling | LinearScaling | YarnScaling | None:
+        kind = rope.one_of("rope_type", ("default", "linear", "llama3", "yarn"))
         if kind == "default":
             return None
+        factor = rope.positive("factor")
         if kind == "linear":
-            return LinearScaling(factor=rope.positive("factor"))
+            return LinearScaling(factor=factor)
         positions = self.size("max_position_embeddings", 2048)
+        positions = rope.size("original_max_position_embeddings", positions)
+        if kind == "yarn":
+            return _yarn(rope, factor, positions)
         scaling = Llama3Scaling(
-            factor=rope.positive("factor"),
+            factor=factor,
             low_freq_factor=rope.positive("low_freq_factor"),
             high_freq_factor=rope.positive("high_freq_factor"),
-            original_max_position_embeddings=rope.size("original_max_position_embeddings", positions),
+            original_max_position_embeddings=positions,
         )
         if scaling.high_freq_factor <= scaling.low_freq_factor:
             raise ModelError(
@@ -188,6 +235,69 @@ class Fields:
                 f"got {scaling.high_freq_factor} and {scaling.low_freq_factor}"
             )
         return scaling
+
+    def max_positions(self, rotary: Rotary, default: int) -> int:
+        """`max_position_embeddings`, or as far as YaRN stretches the context if that is further.
+
+        Qwen's model cards ask for the scaling to be added to a config that keeps the old number.
+        """
+        positions = self.size("max_position_embeddings", default)
+        if isinstance(rotary.scaling, YarnScaling):
+            stretched = int(rotary.scaling.original_max_position_embeddings * rotary.scaling.factor)
+            return max(positions, min(stretched, _MAX_SIZE))
+        return positions
+
+    def window(self, name: str = "sliding_window", default: int = 0) -> int:
+        """Tokens of a sliding window; 0 = none, as null says. Absent and null may mean different things."""
+        return self.size(name, default) if self.has(name) or (name not in self.values and default) else 0
+
+    def windows(self, num_layers: int, window: int, has_window: Callable[[int], bool]) -> tuple[int, ...]:
+        """`window` or 0 for every layer: by `layer_types`, or by `has_window` of its index where that is absent.
+
+        () where no layer has one.
+        """
+        kinds = self.values.get("layer_types")
+        if kinds is None:
+            kinds = [_LOCAL if has_window(layer) else _GLOBAL for layer in range(num_layers)]
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise ModelError(f"{self.where}layer_types must be a list of {num_layers}; got {shown(kinds)}")
+        for kind in kinds:
+            if kind not in (_LOCAL, _GLOBAL):
+                raise ModelError(f"{self.where}layer_types must hold {_GLOBAL} or {_LOCAL}; got {shown(kind)}")
+        if _LOCAL not in kinds:
+            return ()
+        if not window:
+            raise ModelError(f"{self.where}layer_types has {_LOCAL} layers, but sliding_window is not set or not used")
+        return tuple(window if kind == _LOCAL else 0 for kind in kinds)
+
+
+def _yarn(rope: Fields, factor: float, positions: int) -> YarnScaling:
+    """positions: of the context before it was stretched."""
+
+    def temperature(mscale: float = 1.0) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0
+
+    if factor < 1:
+        raise ModelError(f"{rope.where}factor must be at least 1 for yarn; got {factor:g}")
+    if rope.has("rope_theta") and rope.positive("rope_theta") <= 1:
+        raise ModelError(f"{rope.where}rope_theta must be above 1 for yarn; got {rope.positive('rope_theta'):g}")
+    if rope.has("mscale") and rope.has("mscale_all_dim"):  # DeepSeek's
+        attention_factor = temperature(rope.positive("mscale")) / temperature(rope.positive("mscale_all_dim"))
+    else:
+        attention_factor = temperature()
+    scaling = YarnScaling(
+        factor=factor,
+        attention_factor=rope.positive("attention_factor", attention_factor),
+        beta_fast=rope.positive("beta_fast", 32.0),
+        beta_slow=rope.positive("beta_slow", 1.0),
+        original_max_position_embeddings=positions,
+        is_truncated=rope.flag("truncate", True),
+    )
+    if scaling.beta_fast < scaling.beta_slow:
+        raise ModelError(
+            f"{rope.where}beta_fast must not be below beta_slow; got {scaling.beta_fast:g} and {scaling.beta_slow:g}"
+        )
+    return scaling
 
 
 def read_fields(folder: Path) -> Fields:

@@ -9,10 +9,16 @@ from typing import Protocol
 
 import torch
 
+from models.architectures.gemma3_text import Gemma3ForCausalLM
 from models.architectures.gpt2 import GPT2LMHeadModel
 from models.architectures.gpt_neox import GPTNeoXForCausalLM
 from models.architectures.llama import LlamaForCausalLM
+from models.architectures.mistral import MistralForCausalLM
+from models.architectures.mixtral import MixtralForCausalLM
 from models.architectures.opt import OPTForCausalLM
+from models.architectures.qwen2 import Qwen2ForCausalLM
+from models.architectures.qwen3 import Qwen3ForCausalLM
+from models.architectures.qwen3_moe import Qwen3MoeForCausalLM
 from models.batch import Batch
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig, ModelError
@@ -33,12 +39,20 @@ from models.weight_reader import Progress, WeightReader
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 ARCHITECTURES: dict[str, type[Decoder]] = {
+    "gemma3_text": Gemma3ForCausalLM,
     "gpt2": GPT2LMHeadModel,
     "gpt_neox": GPTNeoXForCausalLM,
     "llama": LlamaForCausalLM,
+    "mistral": MistralForCausalLM,
+    "mixtral": MixtralForCausalLM,
     "opt": OPTForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+    "qwen3_moe": Qwen3MoeForCausalLM,
 }
 """By Hugging Face `model_type`, which is also the name of the architecture's file."""
+
+_ADVICE = {"gemma3": "it also reads images; a text-only export of it says gemma3_text"}
 
 QUANT_METHODS = ("argosy-int4",)
 """`quant_method` of the folders that we load; `argosy pull` writes them."""
@@ -84,7 +98,8 @@ def parse_config(fields: Fields) -> ModelConfig:
 def _architecture(model_type: str) -> type[Decoder]:
     found = ARCHITECTURES.get(model_type)
     if found is None:
-        raise ModelError(f"model_type {shown(model_type)} is not one of {', '.join(sorted(ARCHITECTURES))}")
+        advice = f" ({_ADVICE[model_type]})" if model_type in _ADVICE else ""
+        raise ModelError(f"model_type {shown(model_type)} is not one of {', '.join(sorted(ARCHITECTURES))}{advice}")
     return found
 
 

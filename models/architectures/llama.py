@@ -10,21 +10,27 @@ from models.decoder import Decoder
 from models.fields import Fields
 from models.layers.attention import Attention
 from models.layers.loader import Loader
-from models.layers.mlp import GatedMLP
-from models.layers.norm import RMSNorm
+from models.layers.mlp import FeedForward, GatedMLP
+from models.layers.norm import RMSNorm, head_norms
 from models.layers.rotary import RotaryTables
 from models.ops.kernels import LayerKV
 
 
 class LlamaBlock:
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). With config.has_head_norm it is Qwen3's."""
 
     def __init__(self, loader: Loader, config: ModelConfig, layer: int, rotary: RotaryTables) -> None:
         self.attention_norm = RMSNorm(loader, "input_layernorm", config.hidden_size, config.norm_eps)
-        self.attention = Attention(loader.at("self_attn"), config, layer, rotary)
+        attention = loader.at("self_attn")
+        norms = head_norms(attention, config.head_size) if config.has_head_norm else None
+        self.attention = Attention(attention, config, layer, rotary, head_norms=norms)
         self.mlp_norm = RMSNorm(loader, "post_attention_layernorm", config.hidden_size, config.norm_eps)
-        self.mlp = GatedMLP(loader.at("mlp"), config)
+        self.mlp = self.load_mlp(loader, config, layer)
         self.num_bytes = sum(part.num_bytes for part in (self.attention_norm, self.attention, self.mlp_norm, self.mlp))
+
+    def load_mlp(self, loader: Loader, config: ModelConfig, layer: int) -> FeedForward:
+        """`loader` is scoped to the block."""
+        return GatedMLP(loader.at("mlp"), config)
 
     def __call__(self, x: torch.Tensor, kv: LayerKV, batch: Batch) -> torch.Tensor:
         x = self.attention(self.attention_norm(x), kv, batch, residual=x)
@@ -36,6 +42,7 @@ class LlamaForCausalLM(Decoder):
     def parse(fields: Fields) -> ModelConfig:
         heads = fields.heads()
         has_bias = fields.flag("attention_bias")
+        rotary = fields.rotary(heads["head_size"])
         return ModelConfig(
             model_type=fields.text("model_type"),
             **heads,
@@ -44,12 +51,12 @@ class LlamaForCausalLM(Decoder):
             vocab_size=fields.size("vocab_size"),
             norm_eps=fields.positive("rms_norm_eps", 1e-6),
             activation=fields.activation("hidden_act", "silu", ("silu",)),
-            rotary=fields.rotary(heads["head_size"]),
+            rotary=rotary,
             has_qkv_bias=has_bias,
             has_output_bias=has_bias,
             has_mlp_bias=fields.flag("mlp_bias"),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
-            max_position_embeddings=fields.size("max_position_embeddings", 2048),
+            max_position_embeddings=fields.max_positions(rotary, 2048),
             **fields.special_tokens(),
         )
 

@@ -44,6 +44,7 @@ class Attention:
             loader, output, width, columns, config.num_heads * size, config.has_output_bias, is_transposed
         )
         self.num_bytes = self.qkv_proj.num_bytes + self.o_proj.num_bytes
+        self.num_bytes += sum(weight.nbytes for weight in head_norms or ())
         self._cos_sin = rotary.of_layer(layer)
         self._heads = (len(heads), len(kv_heads), size)
         self._head_norms = (*(head_norms or (None, None)), config.norm_eps)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from models.config import ModelConfig
 from models.layers.linear import ColumnParallel, RowParallel
 from models.layers.loader import Loader
 from models.quant.method import WeightPart
+
+
+class FeedForward(Protocol):
+    """What stands between a block's second norm and its residual."""
+
+    num_bytes: int  # of weights, that this rank reads in one decode step
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """[M, hidden] -> residual [M, hidden] with the result added in place; without one, the result."""
+        ...
 
 
 class GatedMLP:

@@ -24,6 +24,12 @@ class RMSNorm:
         return self._rms_norm(x, self._weight, self._eps)
 
 
+def head_norms(loader: Loader, size: int, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [size] of the norms of every head of q and k; `loader` is scoped to the attention."""
+    q, k = (loader.vector(f"{name}.weight", size) for name in ("q_norm", "k_norm"))
+    return (q.add_(offset), k.add_(offset)) if offset else (q, k)
+
+
 class LayerNorm:
     """Mean and variance normalised (Ba et al. 2016)."""
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from models.config import LinearScaling, Llama3Scaling, ModelConfig, Rotary
+from models.config import LinearScaling, Llama3Scaling, ModelConfig, Rotary, YarnScaling
 
 
 class RotaryTables:
@@ -32,8 +32,13 @@ def cos_sin_table(rotary: Rotary, max_positions: int, device: torch.device) -> t
         frequencies = _stretched(frequencies, rotary.scaling)
     elif isinstance(rotary.scaling, LinearScaling):
         frequencies = frequencies / rotary.scaling.factor
+    elif isinstance(rotary.scaling, YarnScaling):
+        frequencies = _ramped(frequencies, rotary, rotary.scaling)
     angles = torch.outer(torch.arange(max_positions).float(), frequencies)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    if isinstance(rotary.scaling, YarnScaling):
+        table *= rotary.scaling.attention_factor
+    return table.to(device)
 
 
 def _stretched(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
@@ -43,3 +48,22 @@ def _stretched(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tenso
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((waves_in_context - low) / (high - low)).clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def _ramped(frequencies: torch.Tensor, rotary: Rotary, scaling: YarnScaling) -> torch.Tensor:
+    """YaRN: keep the frequencies that turn more than beta_fast times within the old context, divide
+    those that turn less than beta_slow times by `factor`, and go linearly in their index in between."""
+
+    def index(num_turns: float) -> float:
+        """Of the frequency that turns so many times, as a real number."""
+        wave = scaling.original_max_position_embeddings / (num_turns * 2 * math.pi)
+        return rotary.size * math.log(wave) / (2 * math.log(rotary.theta))
+
+    low, high = index(scaling.beta_fast), index(scaling.beta_slow)
+    if scaling.is_truncated:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary.size - 1)
+    if low == high:
+        high += 0.001  # a step, as transformers makes it
+    stretched = ((torch.arange(rotary.size // 2).float() - low) / (high - low)).clamp(0, 1)
+    return stretched * frequencies / scaling.factor + (1 - stretched) * frequencies

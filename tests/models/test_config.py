@@ -85,7 +85,7 @@ def test_generation_config_wins_for_special_tokens(tmp_path: Path) -> None:
         ({"rope_theta": "10000"}, "rope_theta must be a positive number; got '10000'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false; got 'yes'"),
         ({"hidden_act": "gelu"}, "hidden_act must be one of silu; got 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type must be one of default, linear, llama3; got 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type must be one of default, linear, llama3, yarn; got"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor must be a positive number; got 0"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters: low_freq_factor is missing"),
         ({"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "high_freq_factor must be above"),
