@@ -177,8 +177,10 @@ def mixed_requests(model: str, max_tokens: int) -> list[tuple[str, dict[str, Any
     return requests
 
 
-def kill_in_the_middle(service: Service, model: str, max_tokens: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Sixteen mixed streams, a replica struck while they run: every event is the undisturbed run's."""
+def kill_in_the_middle(
+    service: Service, model: str, max_tokens: int, number: signal.Signals = signal.SIGKILL, rank: int = 0
+) -> None:
+    """Sixteen mixed streams, a rank of a replica struck while they run: every event is the undisturbed run's."""
     requests = mixed_requests(model, max_tokens)
     undisturbed = Streams(service, requests).join()
     streams = Streams(service, requests)
@@ -192,7 +194,7 @@ def kill_in_the_middle(service: Service, model: str, max_tokens: int, number: si
     time.sleep(0.5)
     running = {replica["id"]: replica.get("num_running") for replica in service.replicas()}
     assert running[busiest["id"]], "the streams were over before the blow"
-    victim = busiest["ranks"][0]["pid"]
+    victim = busiest["ranks"][rank]["pid"]
     os.kill(victim, number)
     disturbed = streams.join()
     for at, (got, wanted) in enumerate(zip(disturbed, undisturbed, strict=True)):

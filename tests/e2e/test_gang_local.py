@@ -1,0 +1,51 @@
+"""Gangs under `--runtime local`: a rank that dies or hangs takes its replica along, and costs no token (C11, C13)."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.service import Service, kill_in_the_middle, serving
+from tests.tiny import tiny_model_folder
+
+MODEL = "tiny"
+
+
+@pytest.fixture(scope="module", params=[("2", "1"), ("1", "2")], ids=["tensor", "pipeline"])
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("local")
+    # Wide enough that a step takes milliseconds: a blow must find streams running.
+    model = tiny_model_folder(
+        folder / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=8, max_position_embeddings=1024
+    )
+    flags = ("--runtime", "local", "--model", str(model), "--served-model-name", MODEL, "--max-model-len", "1024")
+    tp, pp = request.param
+    sizes = ("--tensor-parallel-size", tp, "--pipeline-parallel-size", pp, "--kv-cache-bytes", "64MiB")
+    with serving(folder, *flags, *sizes) as service:
+        yield service
+
+
+def ranks_of(service: Service) -> list[tuple[int, int]]:
+    """(rank, pid) of the one replica's processes."""
+    (replica,) = service.replicas()
+    return [(rank["rank"], rank["pid"]) for rank in replica["ranks"]]
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("rank", [1])
+def test_a_rank_that_is_killed_or_frozen_costs_no_token(service: Service, blow: signal.Signals, rank: int) -> None:
+    before = ranks_of(service)
+    assert [rank for rank, _ in before] == [0, 1]
+    kill_in_the_middle(service, MODEL, max_tokens=200, number=blow, rank=rank)
+    service.wait_until_ready(30)
+    after = ranks_of(service)
+    assert [rank for rank, _ in after] == [0, 1]
+    assert not {pid for _, pid in before} & {pid for _, pid in after}, "the gang came back in parts"
+    deadline = time.monotonic() + 5
+    while left := [pid for _, pid in before if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.05)
