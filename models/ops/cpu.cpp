@@ -107,7 +107,7 @@ PyObject* py_variants(PyObject*, PyObject* const*, Py_ssize_t) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool is_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                     __builtin_cpu_supports("bmi2");
+                     __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   const bool is_v4 = is_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512vl");

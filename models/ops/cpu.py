@@ -1,4 +1,4 @@
-"""Our CPU kernels: fp32 activations, bf16 or fp32 weights and KV, bit-exact whatever the batch (C4).
+"""Our CPU kernels: fp32 activations, bf16, fp16 or fp32 weights and KV, bit-exact whatever the batch (C4).
 
 Where the CPU multiplies bf16 (AVX512-BF16), a linear with bf16 weights rounds its input to bf16 and sums in fp32.
 
@@ -77,11 +77,11 @@ class CpuKernels(PagedAttention):
     def empty_packed(
         self, out_features: int, in_features: int, dtype: torch.dtype, format: str = "plain", has_offsets: bool = False
     ) -> PackedLinear:
-        """Any float type; bf16 stays bf16, everything else is stored as fp32 (fp16 widens exactly)."""
+        """Any float type; bf16 and fp16 stay what they are, everything else is stored as fp32."""
         check_size(in_features, format)
         panels = -(-out_features // PANEL)
         if format == "plain":
-            stored = dtype if dtype is torch.bfloat16 else _F32
+            stored = dtype if dtype in FORMATS else _F32
             is_paired = self.rounds_activations and stored is torch.bfloat16
             depth = in_features + in_features % 2 if is_paired else in_features
             return PackedLinear(self._arena.empty((panels, depth, PANEL), stored), out_features, in_features, dtype)

@@ -356,7 +356,9 @@ void attend(const Attention& a) {
 inline void attention(const Attention& a) {
   check(a);
   if (a.format == kBfloat16)
-    attend<uint16_t>(a);
+    attend<Brain>(a);
+  else if (a.format == kFloat16)
+    attend<Half>(a);
   else
     attend<float>(a);
 }

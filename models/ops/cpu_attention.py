@@ -31,7 +31,7 @@ class PagedAttention:
         if not 0 < head_size <= MAX_HEAD_SIZE or head_size % 2:
             raise ValueError(f"head_size must be even and at most {MAX_HEAD_SIZE}; got {head_size}")
         if dtype not in FORMATS:
-            raise ValueError(f"KV dtype must be float32 or bfloat16; got {dtype}")
+            raise ValueError(f"KV dtype must be float32, bfloat16 or float16; got {dtype}")
         key, value = (
             (num_blocks, num_kv_heads, head_size, block_size),
             (num_blocks, num_kv_heads, block_size, head_size),

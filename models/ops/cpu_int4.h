@@ -14,21 +14,6 @@
 
 namespace argosy {
 
-// IEEE half to single, exactly. A half's exponent is 112 too small for a single's.
-INLINE vf widen_half(const char* p) {
-#if ARGOSY_VL == 16
-  return (vf)_mm512_cvtph_ps((__m256i)load<vh>(p));
-#elif ARGOSY_VL == 8 && defined(__F16C__)
-  return (vf)_mm256_cvtph_ps((__m128i)load<vh>(p));
-#else
-  const vu half = __builtin_convertvector(load<vh>(p), vu);
-  const vu magnitude = (half & 0x7fffu) << 13;
-  const vu is_special = bits<vu>(magnitude >= 0x0f800000u);  // infinities and NaN
-  const vu scaled = bits<vu>(bits<vf>(magnitude) * splat(bits<float>((127u + 112u) << 23)));
-  return bits<vf>((is_special & (magnitude | 0x7f800000u)) | (~is_special & scaled) | (half & 0x8000u) << 16);
-#endif
-}
-
 template <bool HasOffsets>
 struct Int4 {
   static constexpr int kPairs = kHalf / VL, kMaxRows = VL == 16 ? 6 : 2;
@@ -69,9 +54,9 @@ struct Int4 {
         const char* scales = block + kCodes + pair * VL * 2;
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
-          const vf scale = widen_half(scales + h * kHalf * 2);
+          const vf scale = widen_half(load<vh>(scales + h * kHalf * 2));
           vf offset = {};
-          if constexpr (HasOffsets) offset = widen_half(scales + (kPanel + h * kHalf) * 2);
+          if constexpr (HasOffsets) offset = widen_half(load<vh>(scales + (kPanel + h * kHalf) * 2));
 #pragma GCC unroll 12
           for (int r = 0; r < R; r++) {
             const int64_t at = (row + r) * x.groups + g;

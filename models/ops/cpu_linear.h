@@ -1,8 +1,9 @@
 // y[m][n] = sum over k of x[m][k] * w[n][k]: one chain of FMAs in the order of k for every (m, n), whatever M, the
-// tile, the thread. A bf16 weight is widened in registers, which is exact, so one arithmetic serves every batch.
+// tile, the thread. A bf16 or fp16 weight is widened in registers, which is exact, so one arithmetic serves every batch.
 //
 // Packed weight: panels of 32 outputs, [N / 32][K][32], the last one padded with zeros. bf16 panels hold 16 words of
-// 32 bits per k, (output i | output i + 16 << 16), so one load, one shift and one mask give two vectors in order.
+// 32 bits per k, (output i | output i + 16 << 16), so one load, one shift and one mask give two vectors in order. fp16
+// is converted by an instruction of its own, which wants its values side by side.
 #pragma once
 
 #include "cpu_dot.h"
@@ -10,10 +11,18 @@
 namespace argosy {
 
 constexpr int kPanel = 32, kHalf = 16;
-enum Format : int { kFloat32 = 0, kBfloat16 = 1 };
+enum Format : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// Calls f(pointer of the format's type).
+template <class F>
+INLINE auto with_format(const void* p, int format, F&& f) {
+  if (format == kBfloat16) return f(static_cast<const Brain*>(p));
+  if (format == kFloat16) return f(static_cast<const Half*>(p));
+  return f(static_cast<const float*>(p));
+}
 
 INLINE float read_as_float(const void* p, int format, int64_t i) {
-  return format == kBfloat16 ? widen(static_cast<const uint16_t*>(p)[i]) : static_cast<const float*>(p)[i];
+  return with_format(p, format, [&](auto* from) INLINE_LAMBDA { return widen(from[i]); });
 }
 
 struct Bf16Panel {
@@ -22,6 +31,14 @@ struct Bf16Panel {
     vu words = load<vu>(p + pair * VL * 4);
     low = bits<vf>(words << 16);
     high = bits<vf>(words & 0xffff0000u);
+  }
+};
+
+struct Fp16Panel {
+  static constexpr int64_t kBytes = kPanel * 2;
+  static INLINE void get(const char* p, int pair, vf& low, vf& high) {
+    low = widen_half(load<vh>(p + pair * VL * 2));
+    high = widen_half(load<vh>(p + (kHalf + pair * VL) * 2));
   }
 };
 
@@ -207,6 +224,7 @@ inline void linear_by_dot(const Linear& a) {
 
 inline void linear(const Linear& a) {
   if (a.format == kFloat32) return linear_by_fma<Fp32Panel>(a);
+  if (a.format == kFloat16) return linear_by_fma<Fp16Panel>(a);
 #if defined(__AVX512BF16__)
   linear_by_dot(a);
 #else
@@ -232,7 +250,9 @@ inline void pack_weight(const void* weight, void* out, int format, int64_t n, in
           continue;
         }
         const uint16_t value = is_padding ? uint16_t(0) : static_cast<const uint16_t*>(weight)[from];
-        if (kHasDot)
+        if (format == kFloat16)
+          narrow_out[at + i] = value;
+        else if (kHasDot)
           narrow_out[(p * depth + (k & ~int64_t(1))) * kPanel + 2 * i + (~k & 1)] = value;
         else
           narrow_out[at + i % kHalf * 2 + i / kHalf] = value;

@@ -10,9 +10,6 @@ constexpr int kTile = 64, kChunk = 16, kChunks = kTile / kChunk;
 // Register tile: kAcross vectors wide, kDown rows high.
 constexpr int kAcross = kRegisters == 32 ? 4 : 2, kDown = 6;
 
-INLINE vf widen_at(const uint16_t* p) { return widen(load<vh>(p)); }
-INLINE vf widen_at(const float* p) { return load<vf>(p); }
-
 // Where the chunks of 16 keys of a tile lie; `next` names the tile to fetch ahead.
 template <class Cell>
 struct Pages {

@@ -72,18 +72,14 @@ inline void rope_store(const RopeStore& a) {
       const float* v = from + (a.heads + a.kv_heads + h) * a.size;
       float k[kMaxHead];
       rotate(k_norm(from + (a.heads + h) * a.size, normed, a.size), k, cosines, a.half, a.size);
-      if (a.format == kBfloat16) {
-        uint16_t* key = reinterpret_cast<uint16_t*>(a.key) + base + offset;
-        uint16_t* value = reinterpret_cast<uint16_t*>(a.value) + base + offset * a.size;
-        for (int64_t d = 0; d < a.size; d++) key[d * a.block] = narrow(k[d]);
+      with_format(a.key, a.format, [&]<class Cell>(const Cell*) INLINE_LAMBDA {
+        Cell* key = reinterpret_cast<Cell*>(a.key) + base + offset;
+        Cell* value = reinterpret_cast<Cell*>(a.value) + base + offset * a.size;
+        for (int64_t d = 0; d < a.size; d++) narrow_to(key + d * a.block, k[d]);
         int64_t d = 0;
-        for (; d + VL <= a.size; d += VL) store(value + d, narrow(load<vf>(v + d)));
-        for (; d < a.size; d++) value[d] = narrow(v[d]);
-      } else {
-        float* key = reinterpret_cast<float*>(a.key) + base + offset;
-        for (int64_t d = 0; d < a.size; d++) key[d * a.block] = k[d];
-        std::copy(v, v + a.size, reinterpret_cast<float*>(a.value) + base + offset * a.size);
-      }
+        for (; d + VL <= a.size; d += VL) narrow_to(value + d, load<vf>(v + d));
+        for (; d < a.size; d++) narrow_to(value + d, v[d]);
+      });
     }
   });
 }

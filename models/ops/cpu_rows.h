@@ -48,12 +48,12 @@ INLINE void store_n(float* p, vf v, int64_t n) {
 }
 
 INLINE vf load_as_float(const void* p, int format, int64_t i, int64_t n) {
-  if (format == kFloat32) return load_n(static_cast<const float*>(p) + i, n);
-  const uint16_t* half = static_cast<const uint16_t*>(p) + i;
-  if (n == VL) return widen(load<vh>(half));
-  float lanes[VL];
-  for (int j = 0; j < VL; j++) lanes[j] = j < n ? widen(half[j]) : 0.0f;
-  return load<vf>(lanes);
+  return with_format(p, format, [&](auto* from) INLINE_LAMBDA {
+    if (n == VL) return widen_at(from + i);
+    float lanes[VL];
+    for (int j = 0; j < VL; j++) lanes[j] = j < n ? widen(from[i + j]) : 0.0f;
+    return load<vf>(lanes);
+  });
 }
 
 // The sum of f(x) over a row. Lane i of accumulator j sums the elements that are i + VL * j modulo 4 VL; where the last
@@ -147,7 +147,7 @@ inline void soft_cap(float* x, int64_t count, float cap) {
 }
 
 inline void gather_rows(const void* table, int format, const int32_t* ids, float* out, int64_t rows, int64_t n) {
-  const int64_t size = format == kBfloat16 ? 2 : 4;
+  const int64_t size = format == kFloat32 ? 4 : 2;
   for_rows(rows, n, [&](int64_t row) {
     const char* from = static_cast<const char*>(table) + ids[row] * n * size;
     for_vectors(n, [&](int64_t i, int64_t count) {

@@ -150,8 +150,16 @@ INLINE void store_part(float* p, vf v, int64_t n) {
   for (int i = 0; i < VL && i < n; i++) p[i] = lanes[i];
 }
 
+// What weights, keys and values are stored as, beside float.
+struct Brain {  // bf16
+  uint16_t bits;
+};
+struct Half {  // IEEE fp16
+  uint16_t bits;
+};
+
 // bf16 is the upper half of fp32: widening is exact.
-INLINE vf widen(vh h) {
+INLINE vf widen_brain(vh h) {
 #if ARGOSY_VL == 16
   return bits<vf>((vu)_mm512_cvtepu16_epi32((__m256i)h) << 16);
 #elif ARGOSY_VL == 8
@@ -160,22 +168,76 @@ INLINE vf widen(vh h) {
   return bits<vf>(__builtin_convertvector(h, vu) << 16);
 #endif
 }
-INLINE float widen(uint16_t h) { return bits<float>(uint32_t(h) << 16); }
-INLINE float widen(float f) { return f; }
 
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN.
-INLINE uint16_t narrow(float f) {
-  uint32_t u = bits<uint32_t>(f);
-  if (f != f) return uint16_t((u >> 16) | 0x40);
-  return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-
-INLINE vh narrow(vf f) {
+INLINE vh narrow_brain(vf f) {
   vu u = bits<vu>(f);
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   vu quiet = (u >> 16) | 0x40;
   vu is_nan = bits<vu>(f != f);
   return __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), vh);
 }
+
+// fp16 where no instruction converts it, in vectors or one by one (F, U: float and its bits). Its exponent is moved by a
+// product with 2^112, which is exact for its denormals, too.
+template <class F, class U>
+INLINE F half_to_float(U h) {
+  const U size = h & 0x7fff, sign = (h & 0x8000) << 16;
+  const F moved = bits<F>(size << 13) * 0x1p112f;
+  const U special = bits<U>(moved) | 0x7f800000 | (size > 0x7c00 ? U{} + 0x400000 : U{});
+  return bits<F>(sign | (size >= 0x7c00 ? special : bits<U>(moved)));
+}
+
+// To nearest, ties to even, as the instructions do: 65520 and more become infinite, a NaN keeps its upper bits. A sum
+// with 0.5, whose last bit is 2^-24, rounds what becomes denormal.
+template <class F, class U>
+INLINE U float_to_half(F f) {
+  const U u = bits<U>(f), size = u & 0x7fffffff, sign = (u >> 16) & 0x8000;
+  const U normal = (size + 0xfff + ((size >> 13) & 1) - (U{} + (112u << 23))) >> 13;
+  const U small = bits<U>(bits<F>(size) + 0.5f) - 0x3f000000;
+  const U nan = ((size >> 13) & 0x3ff) | 0x7e00;
+  const U finite = size < 0x38800000 ? small : normal;
+  const U large = size > 0x7f800000 ? nan : U{} + 0x7c00;
+  return sign | (size >= 0x477ff000 ? large : finite);
+}
+
+INLINE vf widen_half(vh h) {
+#if ARGOSY_VL == 16
+  return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif ARGOSY_VL == 8
+  return (vf)_mm256_cvtph_ps((__m128i)h);
+#else
+  return half_to_float<vf>(__builtin_convertvector(h, vu));
+#endif
+}
+
+INLINE vh narrow_half(vf f) {
+#if ARGOSY_VL == 16
+  return (vh)_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif ARGOSY_VL == 8
+  return (vh)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT);
+#else
+  return __builtin_convertvector(float_to_half<vf, vu>(f), vh);
+#endif
+}
+
+INLINE float widen(Brain b) { return bits<float>(uint32_t(b.bits) << 16); }
+INLINE float widen(Half h) { return half_to_float<float>(uint32_t(h.bits)); }
+INLINE float widen(float f) { return f; }
+
+INLINE vf widen_at(const Brain* p) { return widen_brain(load<vh>(p)); }
+INLINE vf widen_at(const Half* p) { return widen_half(load<vh>(p)); }
+INLINE vf widen_at(const float* p) { return load<vf>(p); }
+
+INLINE void narrow_to(Brain* p, float f) {
+  const uint32_t u = bits<uint32_t>(f);
+  p->bits = f != f ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+INLINE void narrow_to(Half* p, float f) { p->bits = uint16_t(float_to_half<float, uint32_t>(f)); }
+INLINE void narrow_to(float* p, float f) { *p = f; }
+
+INLINE void narrow_to(Brain* p, vf f) { store(p, narrow_brain(f)); }
+INLINE void narrow_to(Half* p, vf f) { store(p, narrow_half(f)); }
+INLINE void narrow_to(float* p, vf f) { store(p, f); }
 
 }  // namespace argosy

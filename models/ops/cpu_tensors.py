@@ -8,14 +8,14 @@ import types
 import numpy as np
 import torch
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1}  # `Format` in cpu_linear.h
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Format` in cpu_linear.h
 
 
 def format_of(tensor: torch.Tensor, what: str) -> int:
     try:
         return FORMATS[tensor.dtype]
     except KeyError:
-        raise ValueError(f"{what} must be float32 or bfloat16; got {tensor.dtype}") from None
+        raise ValueError(f"{what} must be float32, bfloat16 or float16; got {tensor.dtype}") from None
 
 
 def refuse(what: str, wanted: str, tensor: torch.Tensor) -> ValueError:

@@ -18,7 +18,7 @@ from tests.tiny import tiny_model_folder
 SEED = 20261123
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+@pytest.fixture(scope="module", params=["bfloat16", "float16", "float32"])
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Worker:
     folder = tiny_model_folder(tmp_path_factory.mktemp("tiny"))
     worker = make_worker(Path(folder), dtype=request.param)

@@ -15,7 +15,7 @@ from tests.models.paged import Sequences, advance_at_random, inference_on_one_th
 from tests.tiny import LLAMA3_ROPE, tiny_llama
 
 CPU = torch.device("cpu")
-DTYPES = [torch.bfloat16, torch.float32]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LENGTHS = [1, 2, 15, 16, 17, 31, 33, 48, 75, 130]
 
 

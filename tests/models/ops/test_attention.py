@@ -57,7 +57,7 @@ def test_a_capped_query_has_the_same_bits_alone_and_in_a_chunk(kernels: Kernels,
 
 
 @each_set
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", ODD_HEADS, ids=str)
 def test_unusual_heads(kernels: Kernels, heads: Heads, kv_dtype: torch.dtype) -> None:
     for window in (0, 1, 17):
@@ -73,9 +73,13 @@ def test_larger_blocks(kernels: CpuKernels, block_size: int) -> None:
 
 
 @each_set
-@pytest.mark.parametrize("window", [0, 1, 70, 300])
-def test_a_query_has_the_same_bits_alone_and_in_a_chunk(kernels: Kernels, window: int) -> None:
-    contexts = Contexts(kernels, [600], SMOL)
+@pytest.mark.parametrize(
+    ("window", "kv_dtype"),
+    [(0, torch.bfloat16), (1, torch.bfloat16), (70, torch.float16), (300, torch.bfloat16), (0, torch.float16)],
+    ids=str,
+)
+def test_a_query_has_the_same_bits_alone_and_in_a_chunk(kernels: Kernels, window: int, kv_dtype: torch.dtype) -> None:
+    contexts = Contexts(kernels, [600], SMOL, kv_dtype)
     out, lse = contexts.whole(0, window)
     for position in [0, 1, 15, 16, 63, 64, 100, 255, 256, 257, 511, 512, 599]:
         ((alone_out, alone_lse),) = contexts.attend([(0, position, 1)], window)
@@ -170,8 +174,8 @@ def test_refuses_layouts_it_can_not_hold(kernels: CpuKernels) -> None:
         kernels.allocate_kv(1, 2, 24, 1, 64, torch.bfloat16)
     with pytest.raises(ValueError, match="head_size must be even and at most 256; got 258"):
         kernels.allocate_kv(1, 2, 16, 1, 258, torch.bfloat16)
-    with pytest.raises(ValueError, match="KV dtype must be float32 or bfloat16"):
-        kernels.allocate_kv(1, 2, 16, 1, 64, torch.float16)
+    with pytest.raises(ValueError, match=r"KV dtype must be float32, bfloat16 or float16; got torch\.float64"):
+        kernels.allocate_kv(1, 2, 16, 1, 64, torch.float64)
 
 
 @each_compiled

@@ -43,7 +43,7 @@ def test_equals_the_oracle(kernels: Kernels, shape: tuple[int, int], dtype: torc
 
 
 @each_set
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
 @pytest.mark.parametrize("shape", [(576, 576), (33, 131)], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(kernels: Kernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, weight, bias = make(*shape, rows=256, dtype=dtype)
@@ -59,9 +59,10 @@ def test_a_row_has_the_same_bits_in_any_batch(kernels: Kernels, shape: tuple[int
 
 
 @each_compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 13, 200])
-def test_threads_do_not_change_bits(kernels: CpuKernels, rows: int) -> None:
-    x, weight, _ = make(1000, 300, rows)
+def test_threads_do_not_change_bits(kernels: CpuKernels, rows: int, dtype: torch.dtype) -> None:
+    x, weight, _ = make(1000, 300, rows, dtype)
     packed = kernels.pack(weight)
     results = []
     for num_threads in (1, 2, 3, 7):
@@ -71,10 +72,11 @@ def test_threads_do_not_change_bits(kernels: CpuKernels, rows: int) -> None:
 
 
 @pytest.mark.skipif(len(COMPILED) < 3, reason="needs two instruction sets with FMA")
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_all_instruction_sets_with_fma_agree(shape: tuple[int, int]) -> None:
+def test_all_instruction_sets_with_fma_agree(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """A dot of bf16 pairs is two roundings in the order of k: the very chain of FMAs, where x is bf16 already."""
-    x, weight, bias = make(*shape, rows=20)
+    x, weight, bias = make(*shape, rows=20, dtype=dtype)
     first, *others = (kernels.linear(x.bfloat16().float(), kernels.pack(weight), bias) for kernels in COMPILED[1:])
     assert all(same_bits(other, first) for other in others)
 
@@ -116,18 +118,35 @@ def test_a_chain_runs_in_the_order_of_k(kernels: CpuKernels) -> None:
     """2^24 + 1 + ... + 1 - 2^24: each 1 is lost after 2^24 and kept before it. The last two are one pair."""
     ones = [1.0] * 100
     x = torch.tensor([[2.0**24, *ones, -(2.0**24)], [*ones, 2.0**24, -(2.0**24)]])
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in WEIGHTS:
         packed = kernels.pack(torch.ones(40, 102, dtype=dtype))
         assert kernels.linear(x, packed)[:, 39].tolist() == [0.0, 100.0]
 
 
 @each_compiled
-def test_a_bf16_weight_equals_its_fp32_copy(kernels: CpuKernels) -> None:
-    x, weight, bias = make(70, 50, 9)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_narrow_weight_equals_its_fp32_copy(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    x, weight, bias = make(70, 50, 9, dtype)
     x = as_multiplied(kernels, x, weight)
     narrow, wide = kernels.pack(weight), kernels.pack(weight.float())
-    assert narrow.data.dtype == torch.bfloat16 and wide.data.dtype == torch.float32
-    assert same_bits(kernels.linear(x, narrow, bias.bfloat16()), kernels.linear(x, wide, bias.bfloat16().float()))
+    assert narrow.data.dtype == dtype and wide.data.dtype == torch.float32
+    assert narrow.num_bytes * 2 == wide.num_bytes
+    assert same_bits(kernels.linear(x, narrow, bias.to(dtype)), kernels.linear(x, wide, bias.to(dtype).float()))
+
+
+@each_compiled
+def test_every_fp16_is_widened_exactly(kernels: CpuKernels) -> None:
+    """All of them, denormals and infinities among them, as weights, biases and rows of a table."""
+    every = torch.arange(-(2**15), 2**15).short().view(torch.float16)
+    is_number = ~every.isnan()
+    packed = kernels.pack(every.view(-1, 1))
+    for got in (
+        kernels.linear(torch.ones(1, 1), packed)[0],
+        kernels.linear(torch.zeros(2, 1), kernels.pack(torch.ones(2**16, 1)), every)[1],
+        kernels.gather_rows(every.view(1, -1), torch.zeros(1, dtype=torch.int32))[0],
+    ):
+        assert torch.equal(got[is_number], every.float()[is_number])
+        assert got[~is_number].isnan().all()
 
 
 @each_set
@@ -157,7 +176,7 @@ def test_refuses_what_it_can_not_read(kernels: CpuKernels) -> None:
         kernels.linear(torch.empty(8, 2).T, packed)
     with pytest.raises(ValueError, match=r"bias must be contiguous \[40\]"):
         kernels.linear(x, packed, bias[:39])
-    with pytest.raises(ValueError, match="bias must be float32 or bfloat16"):
+    with pytest.raises(ValueError, match="bias must be float32, bfloat16 or float16"):
         kernels.linear(x, packed, bias.double())
     with pytest.raises(ValueError, match=r"residual must be contiguous float32 \[2, 40\]"):
         kernels.linear(x, packed, residual=torch.empty(3, 40))

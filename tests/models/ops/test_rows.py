@@ -19,7 +19,7 @@ each_compiled = pytest.mark.parametrize("kernels", COMPILED, ids=name_of)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rms_norm(kernels: Kernels, width: int) -> None:
     x, weight = randn(70, width) * 10, randn(width, seed=1)
-    for w in (weight, weight.bfloat16()):
+    for w in (weight, weight.bfloat16(), weight.half()):
         whole = kernels.rms_norm(x, w, 1e-5)
         wanted = ORACLE.rms_norm(x.double(), w, 1e-5)
         torch.testing.assert_close(whole.double(), wanted, atol=1e-6, rtol=2e-6)
@@ -31,7 +31,7 @@ def test_rms_norm(kernels: Kernels, width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_layer_norm(kernels: Kernels, width: int) -> None:
     x, weight, bias = randn(70, width) * 10 + 30, randn(width, seed=1), randn(width, seed=2)
-    for w, b in ((weight, bias), (weight.bfloat16(), bias), (weight, bias.bfloat16()), (weight, None)):
+    for w, b in ((weight, bias), (weight.bfloat16(), bias), (weight.half(), bias.half()), (weight, None)):
         whole = kernels.layer_norm(x, w, b, 1e-5)
         wanted = ORACLE.layer_norm(x.double(), w, b, 1e-5)
         # A mean of 30 is known to some 2e-6, and a width of 1 or 2 may have no spread that would hide it.
@@ -63,7 +63,7 @@ def rotary_table(max_positions: int, rotary_dim: int) -> torch.Tensor:
 
 
 @each_set
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "shape", [(9, 3, 64, 64), (4, 2, 24, 24), (2, 2, 80, 20), (1, 1, 6, 2), (2, 1, 256, 256)], ids=str
 )
@@ -82,7 +82,7 @@ def test_rope_store(kernels: Kernels, shape: tuple[int, int, int, int], kv_dtype
     if isinstance(kernels, CpuKernels):
         key, value = key.permute(0, 3, 1, 2), value.permute(0, 2, 1, 3)
     assert torch.equal(value, oracle_kv.value)  # both round to nearest, ties to even
-    tolerance = 1e-2 if kv_dtype == torch.bfloat16 else 2e-6
+    tolerance = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-6}[kv_dtype]
     torch.testing.assert_close(key, oracle_kv.key, atol=tolerance, rtol=tolerance)
     alone = kernels.rope_store(qkv[5:6], positions[5:6], cos_sin, kv, slots[5:6], num_heads, num_kv_heads, size)
     assert same_bits(alone[0], q[5])
@@ -97,7 +97,10 @@ def test_heads_are_normalised_before_they_rotate(kernels: Kernels, shape: tuple[
     qkv = randn(37, (num_heads + 2 * num_kv_heads) * size) * 5
     heads = (num_heads, num_kv_heads, size)
     positions, slots = int32(list(range(37))), int32(list(range(16, 53)))
-    for q_norm, k_norm in ((randn(size, seed=1), randn(size, seed=2)), (randn(size).bfloat16(), randn(size, seed=3))):
+    for q_norm, k_norm in (
+        (randn(size, seed=1), randn(size, seed=2)),
+        (randn(size).bfloat16(), randn(size, seed=3).half()),
+    ):
         norms = (q_norm, k_norm, 1e-6)
         (kv,) = kernels.allocate_kv(1, 4, 16, num_kv_heads, size, torch.float32)
         (oracle_kv,) = ORACLE.allocate_kv(1, 4, 16, num_kv_heads, size, torch.float64)
@@ -134,25 +137,35 @@ def test_refuses_half_a_pair_of_head_norms(kernels: CpuKernels) -> None:
 
 
 @each_compiled
-def test_values_round_to_nearest_even(kernels: CpuKernels) -> None:
-    """Every kind of fp32 bit pattern rounds as torch rounds it."""
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_keys_and_values_round_to_nearest_even(kernels: CpuKernels, kv_dtype: torch.dtype) -> None:
+    """As torch rounds: any bits, every tie between two numbers of the type and what lies next to it, denormals too."""
     bits = torch.randint(-(2**31), 2**31 - 1, (64, 256), generator=torch.Generator().manual_seed(2)).int()
     bits[0, :8] = int32([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 1, 0x7FC00000])
-    v = bits.view(torch.float32)
-    qkv = torch.cat((torch.zeros(64, 512), v), dim=1)
-    (kv,) = kernels.allocate_kv(1, 4, 16, 1, 256, torch.bfloat16)
-    kernels.rope_store(qkv, torch.zeros(64, dtype=torch.int32), None, kv, torch.arange(64).int(), 1, 1, 256)
-    stored, wanted = kv.value.view(64, 256), v.bfloat16()
+    bits[0, 8:13] = int32([0x477FE000, 0x477FEFFF, 0x477FF000, 0x33000000, 0x33000001])  # the ends of fp16
+    every = torch.arange(0x7C01 if kv_dtype is torch.float16 else 0x7F81).short().view(kv_dtype).double()
+    ties = ((every[:-1] + every[1:]) / 2).float()[:-1]
+    ties = torch.nn.functional.pad(ties, (0, -len(ties) % 256))
+    nearby = [ties, ties.nextafter(torch.tensor(torch.inf)), ties.nextafter(torch.tensor(-1.0))]
+    v = torch.cat((bits.view(torch.float32).flatten(), *nearby, *(-each for each in nearby))).view(-1, 256)
+    tokens = len(v)
+    (kv,) = kernels.allocate_kv(1, 64, 16, 1, 256, kv_dtype)
+    slots, nowhere = torch.arange(tokens).int(), torch.zeros(tokens, dtype=torch.int32)
+    kernels.rope_store(torch.cat((v, v, v), dim=1), nowhere, None, kv, slots, 1, 1, 256)
+    wanted = v.to(kv_dtype)
     is_nan = wanted.isnan()
-    assert torch.equal(stored.isnan(), is_nan)
-    assert torch.equal(stored.masked_fill(is_nan, 0).view(torch.int16), wanted.masked_fill(is_nan, 0).view(torch.int16))
+    for cached in (kv.value.view(-1, 256), kv.key.permute(0, 3, 1, 2).reshape(-1, 256)):
+        stored = cached[:tokens]
+        assert torch.equal(stored.isnan(), is_nan)
+        same = [each.masked_fill(is_nan, 0).view(torch.int16) for each in (stored, wanted)]
+        assert torch.equal(*same)
 
 
 @each_compiled
 @pytest.mark.parametrize("width", [1, 15, 576])
 def test_gather_rows(kernels: CpuKernels, width: int) -> None:
     table, ids = randn(50, width), int32([0, 49, 7, 7])
-    for t in (table, table.bfloat16()):
+    for t in (table, table.bfloat16(), table.half()):
         assert torch.equal(kernels.gather_rows(t, ids), t[ids.long()].float())
     with pytest.raises(ValueError, match=r"token id must be in 0\.\.49; got 50 at index 1"):
         kernels.gather_rows(table, int32([0, 50]))
