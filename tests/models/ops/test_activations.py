@@ -25,7 +25,7 @@ def exact(x: torch.Tensor, activation: str) -> torch.Tensor:
         return x.clamp(min=0)
     if activation == "gelu":
         return x * torch.special.erfc(-x / math.sqrt(2)) / 2
-    z = x if activation == "silu" else math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)
+    z = x if activation == "silu" else math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x)
     return x * torch.sigmoid(z)
 
 
