@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import socket
 import time
 from typing import ClassVar
 
 import openai
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.e2e.service import Service
+
+SERVES_OWN = ("ray::ServeReplica:",)
+"""Serve's inter-replica gRPC: it binds every interface and offers no setting; a token guards it (RAY_AUTH_MODE)."""
 
 
 class Promises:
     model: ClassVar[str]
     max_model_len: ClassVar[int]
+    listens_everywhere: ClassVar[tuple[str, ...]] = ()
+
+    def test_only_loopback_listens(self, service: Service) -> None:
+        """C20: sockets on loopback, but for those on the committed list."""
+        found = []
+        process = psutil.Process(service.process.pid)
+        for child in [process, *process.children(recursive=True)]:
+            for connection in child.net_connections(kind="tcp"):
+                address = ipaddress.ip_address(connection.laddr.ip.removeprefix("::ffff:"))
+                if connection.status == psutil.CONN_LISTEN and not address.is_loopback:
+                    found.append((child.cmdline()[0].split()[0], connection.laddr))
+        unexpected = [(name, address) for name, address in found if not name.startswith(self.listens_everywhere)]
+        assert not unexpected
 
     def test_a_client_that_leaves_frees_its_blocks_at_once(self, service: Service) -> None:
         for is_streamed in (True, False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +11,12 @@ import pytest
 import torch
 
 from serving import config
-from tests.e2e.promises import Promises
+from tests.e2e.promises import SERVES_OWN, Promises
 from tests.e2e.service import Service, kill_in_the_middle, serving
 
 pytestmark = pytest.mark.ray
 
 MODEL = "smollm2-135m-instruct"
-
-LISTENS_EVERYWHERE = ("ray::ServeReplica:",)
-"""Serve's inter-replica gRPC: it binds every interface and offers no setting; a token guards it (RAY_AUTH_MODE)."""
 
 PROMPTS = [
     "The capital of France is",
@@ -61,6 +57,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 class TestPromises(Promises):
     model = MODEL
     max_model_len = 2048
+    listens_everywhere = SERVES_OWN
 
 
 def test_two_replicas_serve(service: Service) -> None:
@@ -123,18 +120,3 @@ def test_the_official_client(service: Service) -> None:
         assert len(logprobs.tokens) == 3 and all(len(top) >= 2 for top in logprobs.top_logprobs)
         several = client.completions.create(model=MODEL, prompt=["A", "B c"], n=2, max_tokens=2, seed=1)
         assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
-
-
-def test_only_loopback_listens(service: Service) -> None:
-    """C20: sockets on loopback, but for those on the committed list."""
-    import psutil
-
-    found = []
-    process = psutil.Process(service.process.pid)
-    for child in [process, *process.children(recursive=True)]:
-        for connection in child.net_connections(kind="tcp"):
-            address = ipaddress.ip_address(connection.laddr.ip.removeprefix("::ffff:"))
-            if connection.status == psutil.CONN_LISTEN and not address.is_loopback:
-                found.append((child.cmdline()[0].split()[0], connection.laddr))
-    unexpected = [(name, address) for name, address in found if not name.startswith(LISTENS_EVERYWHERE)]
-    assert not unexpected
