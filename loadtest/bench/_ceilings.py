@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from loadtest.bench._roofline import Ceilings
+from serving.planning.roofline import Ceilings
 
 _COPIES = 4
 _HUGE_PAGE = 2 << 20

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from loadtest.bench._roofline import Shape
 from serving.block_hash import root_hash
 from serving.config import EngineSettings
 from serving.engine.core import EngineCore
@@ -15,6 +14,7 @@ from serving.engine.executor import LocalExecutor
 from serving.engine.request import Request
 from serving.engine.scheduler import Scheduler
 from serving.engine.worker import Worker
+from serving.planning.roofline import Shape
 from serving.types import SamplingParams
 
 

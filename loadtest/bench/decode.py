@@ -17,8 +17,8 @@ from loadtest.bench._ceilings import CeilingMeter
 from loadtest.bench._engine import Bench, add_model_options, load_worker, shape_of
 from loadtest.bench._peer import find_peer
 from loadtest.bench._report import line, report
-from loadtest.bench._roofline import decode_time_min, prefill_time_min
 from serving.engine.worker import Worker
+from serving.planning.roofline import decode_time_min, prefill_time_min
 
 PROMPT = 128
 
