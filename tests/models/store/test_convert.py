@@ -183,8 +183,9 @@ def swap(name: str, value: Any) -> dict[str, Any]:
 
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "architecture": (lambda: {"architecture": "gemma4"}, "architecture 'gemma4' is not supported"),
-    "tokenizer": (lambda: {"metadata": {"tokenizer.ggml.model": "llama"}}, "tokenizer type 'llama'"),
-    "splitting": (lambda: {"metadata": {"tokenizer.ggml.pre": "tekken"}}, "splitting rule 'tekken'"),
+    "tokenizer": (lambda: {"metadata": {"tokenizer.ggml.model": "bert"}}, "tokenizer type 'bert'"),
+    "splitting": (lambda: {"metadata": {"tokenizer.ggml.pre": "falcon"}}, "splitting rule 'falcon'"),
+    "unnamed splitting": (lambda: {"metadata": {"tokenizer.ggml.pre": None}}, "splitting rule 'default'"),
     "duplicate": (lambda: {"tokens": [*TOKENS[:-1], TOKENS[5]]}, "1 duplicate tokens"),
     "bos": (lambda: {"metadata": {"tokenizer.ggml.bos_token_id": 999}}, "bos_token_id is 999"),
     "heads": (lambda: {"metadata": {"llama.attention.head_count_kv": 3}}, "4 attention heads cannot share 3"),
