@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import socket
 import subprocess
 import sys
@@ -26,9 +25,9 @@ class Forks:
         self._control, theirs = socket.socketpair()
         self._control.settimeout(60)
         command = [sys.executable, "-m", "tests.engine.forks", str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         theirs.close()
-        self._end = weakref.finalize(self, _end, self._control, process)
+        self._end = weakref.finalize(self, _end, self._control, self.process)
 
     def rank(self) -> tuple[socket.socket, int]:
         """A connection to a new rank, and its pid."""
@@ -49,10 +48,11 @@ def forks() -> Forks:
 
 
 def is_alive(pid: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return True
-    return False
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 
 from serving.block_hash import root_hash
 from serving.engine.core import EngineCore
+from serving.engine.cost import features
 from serving.engine.output import StepOutput
 from serving.engine.plan import Plan
 from serving.engine.request import Request
@@ -25,12 +26,12 @@ PROMPT = [3, 1, 4, 1, 5]
 class Step:
     """A submitted step: computed at once, told when `wait` returns."""
 
-    def __init__(self, ids: np.ndarray, wait: Callable[[], None]) -> None:
-        self._ids, self._wait = ids, wait
+    def __init__(self, ids: np.ndarray, wait: Callable[[], None], busy_s: float = 0.0) -> None:
+        self._ids, self._wait, self._busy_s = ids, wait, busy_s
 
     def result(self) -> StepResult:
         self._wait()
-        return StepResult(self._ids, {})
+        return StepResult(self._ids, {}, self._busy_s)
 
 
 class Device:
@@ -61,12 +62,34 @@ class Device:
         return Step(ids, wait)
 
 
+class Pipe(Device):
+    """Stages of `step_s` each, one after the other; every stage computes another step."""
+
+    def __init__(self, step_s: float, num_stages: int) -> None:
+        super().__init__(step_s)
+        self.num_stages = num_stages
+        self.stages_free_at = [0.0] * num_stages
+
+    def submit(self, plan: Plan) -> Step:
+        ids = self.ranks.run(plan.encode())
+        at = time.monotonic()
+        for stage, free_at in enumerate(self.stages_free_at):
+            at = self.stages_free_at[stage] = max(at, free_at) + self.step_s
+        return Step(ids, lambda: time.sleep(max(0.0, at - time.monotonic())), busy_s=self.num_stages * self.step_s)
+
+
 class Loop:
     """A running step loop and what its reader saw."""
 
-    def __init__(self, device: Device, depth: int = 0, host_s: float = 0.0) -> None:
+    def __init__(self, device: Device, depth: int = 0, host_s: float = 0.0, num_stages: int = 0) -> None:
         self.scheduler = Scheduler(
-            max_num_seqs=4, max_num_batched_tokens=16, max_model_len=128, num_blocks=64, block_size=4
+            max_num_seqs=4,
+            max_num_batched_tokens=16,
+            max_model_len=128,
+            num_blocks=64,
+            block_size=4,
+            num_stages=num_stages or 1,
+            sends_inputs=num_stages > 0,
         )
         self.tokens: list[int] = []
         self.failure: BaseException | None = None
@@ -82,11 +105,11 @@ class Loop:
         self.core.stop()
         assert not any(thread.name == "step-loop" for thread in threading.enumerate())
 
-    def submit(self, max_tokens: int) -> None:
+    def submit(self, max_tokens: int, handle: int = 1) -> None:
         tokens = np.array(PROMPT, np.int32)
         total = len(PROMPT) + max_tokens
         sampling = SamplingParams(max_tokens=max_tokens)
-        request = Request((0, 1), tokens, len(PROMPT), total, sampling, (), 0, root_hash("core", "", b""))
+        request = Request((0, handle), tokens, len(PROMPT), total, sampling, (), 0, root_hash("core", "", b""))
         self.core.call(lambda: self.scheduler.add(request))
 
     def wait(self) -> None:
@@ -205,6 +228,36 @@ def test_with_a_step_in_flight_the_host_works_while_the_device_does() -> None:
         assert device.most_in_flight == depth + 1
     assert took[0] > 20 * 0.04
     assert took[1] < 0.8 * took[0]
+
+
+def test_a_pipe_is_busy_in_every_stage_and_announces_what_all_stages_take() -> None:
+    """Results come every 10 ms, a step takes 40: a step that is alone in the pipe must not look like a stalled one."""
+    with Loop(Pipe(0.01, 4), depth=3, num_stages=4) as loop:
+        started = time.monotonic()
+        for handle in range(4):
+            loop.submit(30, handle)
+        until(lambda: len(loop.tokens) == 4 * 30)
+        took_s = time.monotonic() - started
+        assert took_s < 0.6 * 4 * 30 * 0.04, "the rows went through the pipe one after the other"
+        assert np.median(loop.core.records.last(60)["duration_s"]) < 0.02
+        predicted_s = loop.scheduler.cost_model.predict(features(np.ones(1, np.int32), np.full(1, 30, np.int32)))
+        assert 0.03 < predicted_s < 0.06
+        assert 0.03 < loop.core.announced_s < 0.06
+
+
+def test_the_limit_of_a_turn_is_that_of_the_longest_step_in_flight() -> None:
+    """The turn that submits a short step waits for the long one before it."""
+    device = Device()
+    device.may_end.clear()
+    with Loop(device, depth=1) as loop:
+        cost = iter([0.9, 0.1])
+        loop.scheduler.cost_model.predict = lambda step: next(cost, 0.1)  # type: ignore[method-assign]
+        loop.submit(20)
+        until(lambda: device.in_flight == 2)
+        assert loop.core.announced_s == 0.9 and loop.core.limit_s == pytest.approx(2.7)
+        device.may_end.set()
+        loop.wait()
+        assert loop.core.announced_s == 0.1 and loop.core.limit_s == 1.5
 
 
 def test_stopping_wakes_a_resting_loop_at_once() -> None:

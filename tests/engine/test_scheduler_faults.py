@@ -24,9 +24,9 @@ def break_slot(world: World, slot: int) -> None:
     world.ranks.run = run_with_fault  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_a_faulty_row_ends_and_the_others_go_on(depth: int) -> None:
-    world = World(depth=depth)
+@pytest.mark.parametrize(("depth", "num_stages"), [*((depth, 0) for depth in DEPTHS), (0, 1), (0, 3)])
+def test_a_faulty_row_ends_and_the_others_go_on(depth: int, num_stages: int) -> None:
+    world = World(depth=depth, num_stages=num_stages)
     for handle in range(3):
         world.add(handle, prompt_of(6, handle), max_tokens=12)
     for _ in range(4):
