@@ -45,7 +45,7 @@ class LMHead:
         if self._group.size == 1:
             return logits
         gathered = self._group.all_gather(F.pad(logits, (0, self._num_padding)))
-        return gathered[:, : self._vocab_size]
+        return gathered[:, : self._vocab_size].contiguous()
 
 
 def _own_ids(loader: Loader, vocab_size: int) -> range:

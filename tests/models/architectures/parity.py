@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,6 +23,30 @@ TOLERANCE = 1e-4
 LENGTHS = (2, 17, 33, 90)
 """In tokens; blocks have 16."""
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 97,
+    "vocab_size": 131,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+"""Of a small model in the fields of the Llama family; 8 heads, so that four ranks can share them."""
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""With so few turns in an old context this short, the frequencies lie in all three parts of the ramp."""
+
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """int64 [length] -> [length, vocab_size]."""
 
@@ -32,9 +57,11 @@ def some_tokens(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[
     return [torch.randint(0, vocab_size, (length,), generator=generator) for length in lengths]
 
 
-def transformers_logits(folder: Path) -> Logits:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    return lambda ids: model(input_ids=ids[None], use_cache=False).logits[0]
+def transformers_logits(folder: Path, **arguments: Any) -> Logits:
+    """arguments: of the forward pass. Eager throughout: faster kernels refuse unusual sizes."""
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **eager).eval()
+    return lambda ids: model(input_ids=ids[None], use_cache=False, **arguments).logits[0]
 
 
 class Case:
