@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +31,7 @@ from models.kv_cache import KVCache
 from models.layers.loader import Loader
 from models.ops.kernels import Kernels
 from models.ops.select import select_kernels
+from models.packed_cache import PackedCache, layout_of
 from models.parallel import Group, Stages
 from models.quant.packer import Packer
 from models.quant.unquantized import Unquantized
@@ -103,6 +107,11 @@ def _architecture(model_type: str) -> type[Decoder]:
     return found
 
 
+def run_in_background(work: Callable[[], object]) -> None:
+    """In a thread that does not keep the process alive."""
+    threading.Thread(target=work, name="save packed weights", daemon=True).start()
+
+
 def load_model(
     folder: Path | str,
     *,
@@ -113,6 +122,9 @@ def load_model(
     stages: Stages | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
+    cache_dir: Path | None = None,
+    on_note: Callable[[str], None] | None = None,
+    run_later: Callable[[Callable[[], object]], None] = run_in_background,
 ) -> CausalLM:
     """Load this rank's share of a model folder in Hugging Face layout (C12).
 
@@ -120,23 +132,54 @@ def load_model(
     kernels: None = the fastest exact set for the device and type.
     max_model_len: positions to be served; None = all that the model was trained for.
     progress: told (bytes read, bytes that this rank reads in all).
+    cache_dir: where packed weights are kept for the next start; None = nowhere. on_note: told why they are not.
+    run_later: given the writing of that cache, which may take minutes.
     Raises ModelError naming what is missing, wrong or not supported.
     """
+    device, weight_type = torch.device(device), _weight_type(dtype)
+    kernels = kernels or select_kernels(device, weight_type)
     config = load_config(folder)
-    build = functools.partial(build_model, config, dtype=dtype, group=group, stages=stages, max_model_len=max_model_len)
+    cache = None
+    if cache_dir is not None and device.type == "cpu":
+        identity = _packed_identity(folder, kernels, weight_type, group or Group(), stages or Stages())
+        cache = PackedCache(cache_dir, identity, on_note=on_note)
+    build = functools.partial(
+        build_model, config, dtype=dtype, group=group, stages=stages, max_model_len=max_model_len, cache=cache
+    )
     total_bytes = 0
 
-    def tell(bytes_read: int) -> None:
-        if progress is not None:
-            progress(bytes_read, total_bytes)
+    def bytes_read() -> int:
+        return checkpoint.bytes_read + (cache.bytes_read if cache is not None else 0)
 
-    with Checkpoint(Path(folder), tell) as checkpoint:
+    def tell(_: int) -> None:
+        if progress is not None:
+            progress(bytes_read(), total_bytes)
+
+    with Checkpoint(Path(folder), tell) as checkpoint, cache or contextlib.nullcontext():
         # Without its values first: what is missing is named, and what will be read is counted, before gigabytes are.
         build(checkpoint, device="meta")
         checkpoint.finish()
-        total_bytes = checkpoint.bytes_read
+        total_bytes = bytes_read()
         checkpoint.rewind()
-        return build(checkpoint, device=device, kernels=kernels)
+        if cache is not None:
+            cache.rewind(tell)
+        model = build(checkpoint, device=device, kernels=kernels)
+    if cache is not None and cache.is_stale:
+        run_later(cache.save)
+    return model
+
+
+def _packed_identity(
+    folder: Path | str, kernels: Kernels, dtype: torch.dtype, group: Group, stages: Stages
+) -> dict[str, object]:
+    """Everything that the bytes of a rank's packed weights depend on."""
+    return {
+        "weights": weights_fingerprint(folder),
+        "format": str(dtype),
+        "layout": layout_of(kernels),
+        "rank": f"{group.rank} of {group.size}",
+        "stage": f"{stages.index} of {stages.count}",
+    }
 
 
 def build_model(
@@ -149,6 +192,7 @@ def build_model(
     group: Group | None = None,
     stages: Stages | None = None,
     max_model_len: int | None = None,
+    cache: PackedCache | None = None,
 ) -> CausalLM:
     """This rank's share of a model with the reader's values; the other arguments are `load_model`'s.
 
@@ -161,7 +205,7 @@ def build_model(
     kernels = kernels or select_kernels(device, weight_type)
     with Packer(kernels, weight_type) as packer:
         method = Unquantized(kernels, weight_type, packer)
-        loader = Loader(reader, kernels, method, group or Group(), weight_type, device)
+        loader = Loader(reader, kernels, method, group or Group(), weight_type, device, cache=cache)
         return _architecture(config.model_type)(loader, config, stages or Stages(), max_model_len or limit)
 
 

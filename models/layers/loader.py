@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from models.ops.kernels import Kernels
+from models.packed_cache import PackedCache
 from models.parallel import Group
 from models.quant.method import LinearMethod, PackedWeight, WeightPart
 from models.weight_reader import WeightReader
@@ -24,6 +25,7 @@ class Loader:
     dtype: torch.dtype  # of weights
     device: torch.device
     prefix: str = ""
+    cache: PackedCache | None = None  # of linears
 
     def at(self, name: str) -> Loader:
         """The same for the part of the model called `name` within this one."""
@@ -32,7 +34,14 @@ class Loader:
     def linear(self, parts: Sequence[WeightPart]) -> PackedWeight:
         """Parts stacked along the outputs; their names are relative to this loader's prefix."""
         scoped = [dataclasses.replace(part, name=self.prefix + part.name) for part in parts]
-        return self.method.load(self.reader, scoped)
+        if self.cache is None:
+            return self.method.load(self.reader, scoped)
+        packed = self.cache.load(scoped, self.reader, self.kernels)
+        if packed is not None:
+            return PackedWeight(self.kernels, packed)
+        weight = self.method.load(self.reader, scoped)
+        self.cache.keep(scoped, weight.packed)
+        return weight
 
     def bias(self, parts: Sequence[WeightPart]) -> torch.Tensor:
         """The biases that go with `linear(parts)`, in the activations' type."""
