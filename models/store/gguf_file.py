@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.store.errors import StoreError
+from models.store.gguf_parts import MAX_PARTS, part_paths
 
 MAX_PAIRS = 4096
 MAX_TENSORS = 65_536
@@ -135,10 +136,33 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Parse the header of a GGUF file and map its tensors.
+    """Parse the header of a GGUF file and map its tensors; of a model in several files, give the first.
 
     Raises StoreError for anything that is not a well-formed file of known tensor formats.
     """
+    first = _read_one(path)
+    count = first.get("split.count", int, 1)
+    if count == 1:
+        return first
+    if not 1 < count <= MAX_PARTS or first.get("split.no", int, 0) != 0:
+        raise StoreError(
+            f"{path.name}: part {first.get('split.no', int, 0) + 1} of {count}; give the first of the parts"
+        )
+    tensors = dict(first.tensors)
+    for number, sibling in enumerate(part_paths(path)[1:], 1):
+        part = _read_one(sibling)
+        if (part.get("split.no", int, -1), part.get("split.count", int, -1)) != (number, count):
+            raise StoreError(f"{sibling.name}: not part {number + 1} of {count} of {path.name}")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise StoreError(f"{sibling.name}: tensor {min(twice)!r} is in an earlier part, too")
+        tensors |= part.tensors
+    wanted = first.get("split.tensors.count", int, len(tensors))
+    if len(tensors) != wanted:
+        raise StoreError(f"{path.name}: {len(tensors)} tensors in all parts, not {wanted}; give the first of all parts")
+    return GgufFile(path, first.metadata, tensors)
+
+
+def _read_one(path: Path) -> GgufFile:
     try:
         with path.open("rb") as file:
             magic = file.read(4)

@@ -104,6 +104,7 @@ def _gguf_target(source: PackagedGguf | GgufSource, store: Path, quantization: s
 def _make(source: LocalFolder | PackagedGguf | GgufSource | HubSource, target: Path, report: Progress) -> None:
     if target.exists() and not (target / MANIFEST).exists():
         raise StoreError(f"{target} is in the way and was not made by a pull; move it away")
+    _sweep(target)
     with _scratch(target) as scratch:
         # What fills a folder is imported there: a pull of what is already there is on the path of every start.
         match source:
@@ -159,6 +160,15 @@ def _scratch(target: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed pulls of other models have left: theirs are the folders that nobody has locked."""
+    for left in (target.parent / ".tmp").glob("*"):
+        if left.name != target.name:
+            lock = target.parent / ".locks" / f"{left.name}.lock"
+            with contextlib.suppress(StoreError), locked(lock, lambda: None, timeout_s=0):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _swap(scratch: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from models.store.errors import StoreError
 from models.store.folder import PICKLES
+from models.store.gguf_parts import part_paths
 from models.store.manifest import MANIFEST
 
 MAX_REFERENCE_CHARS = 4096
@@ -125,15 +126,23 @@ def folder_name(path: Path) -> str:
     """Name in the store of what is made of a local folder: another state of its small files is another model."""
     parts = [str(path.resolve())]
     for entry in sorted(path.iterdir()):
-        status = entry.stat()
-        parts.append(f"{entry.name}\0{status.st_size}\0{status.st_mtime_ns}")
+        parts.append(f"{entry.name}\0{_state(entry)}")
     return _stored_name(path.name, "\0".join(parts))
 
 
 def _gguf_name(path: Path) -> str:
     """Name in the store: another path, size or time of change is another model."""
-    status = path.stat()
-    return _stored_name(path.stem, f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}")
+    parts = [str(path.resolve())]
+    parts += [_state(part) for part in part_paths(path)]
+    return _stored_name(path.stem, "\0".join(parts))
+
+
+def _state(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError:
+        return "missing"
+    return f"{status.st_size}\0{status.st_mtime_ns}"
 
 
 def _stored_name(stem: str, identity: str) -> str:

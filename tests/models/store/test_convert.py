@@ -129,6 +129,25 @@ def test_llama_3_frequency_factors_become_rope_scaling(tmp_path: Path) -> None:
         convert(write_gguf(tmp_path / "n.gguf", other, metadata=pairs), tmp_path / "other")
 
 
+def test_a_model_in_several_files_is_one_model(tmp_path: Path) -> None:
+    first = write_gguf(tmp_path / "m.gguf", max_part_tensors=7)
+    assert first.name == "m-00001-of-00003.gguf"
+    whole = convert(write_gguf(tmp_path / "whole.gguf"), tmp_path / "a")
+    parts = convert(first, tmp_path / "b")
+    assert set(parts) == set(whole)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+    second, third = (tmp_path / f"m-0000{number}-of-00003.gguf" for number in (2, 3))
+    with pytest.raises(StoreError, match="part 2 of 3; give the first"):
+        convert(second, tmp_path / "c")
+    second.rename(tmp_path / "aside")
+    with pytest.raises(StoreError, match=r"00002-of-00003\.gguf: cannot be read: No such file"):
+        convert(first, tmp_path / "d")
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(StoreError, match="not part 2 of 3"):
+        convert(first, tmp_path / "e")
+
+
 def test_the_tokenizer_splits_digits_and_knows_its_special_tokens(tmp_path: Path) -> None:
     convert(write_gguf(tmp_path / "m.gguf"), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,9 @@ def test_a_link_within_the_folder_and_a_hub_caches_snapshot_pass(tmp_path: Path)
         ({"a": "pytorch_model.bin"}, "not a safetensors file beside it"),
         ({"a": 7}, "not a safetensors file beside it"),
         ({"a": "model-9.safetensors"}, "the shard 'model-9.safetensors' is missing"),
+        ({"a": "sub/model-1.safetensors"}, "not a safetensors file beside it"),
+        ({"a": "..\\model-1.safetensors"}, "is missing"),
+        ({"a": ["model-1.safetensors"]}, "not a safetensors file beside it"),
         ({"a": "model-1.safetensors", "c": "model-2.safetensors"}, "disagree about 'b'"),
         ({"a": "model-1.safetensors", "b": "model-1.safetensors"}, "disagree about 'b'"),
     ],
@@ -105,3 +109,52 @@ def test_a_link_within_the_folder_and_a_hub_caches_snapshot_pass(tmp_path: Path)
 def test_an_index_that_lies_is_refused(tmp_path: Path, weight_map: dict[str, object], message: str) -> None:
     with pytest.raises(StoreError, match=message):
         check_folder(shard(write_folder(tmp_path / "m"), weight_map))
+
+
+def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path: Path) -> None:
+    folder = shard(write_folder(tmp_path / "m"), {})
+    (folder / INDEX).write_text('{"weight_map": {"a": "model-1.safetensors", "a": "model-2.safetensors"}}')
+    with pytest.raises(StoreError, match=r"index\.json is not valid JSON: a name appears twice"):
+        check_folder(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    folder = shard(write_folder(tmp_path / "m"), {"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, folder / "model-2.safetensors")
+    with pytest.raises(StoreError, match="disagree about 'a'"):
+        check_folder(folder)
+
+
+def test_a_shard_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    folder = shard(write_folder(tmp_path / "m"), {"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    data = (folder / "model-2.safetensors").read_bytes()
+    (folder / "model-2.safetensors").write_bytes(data[:-1])
+    with pytest.raises(StoreError, match=r"model-2\.safetensors: the tensors end at byte"):
+        check_folder(folder)
+
+
+def test_links_that_lead_out_or_nowhere_are_refused_wherever_they_stand(tmp_path: Path) -> None:
+    folder = shard(write_folder(tmp_path / "m"), {"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    (folder / "model-2.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "model-2.safetensors").symlink_to("../elsewhere.safetensors")
+    with pytest.raises(StoreError, match=r"model-2\.safetensors is a link out of the folder"):
+        check_folder(folder)
+    (folder / "model-2.safetensors").unlink()
+    (folder / "model-2.safetensors").symlink_to("model-2.safetensors")
+    with pytest.raises(StoreError, match=r"model-2\.safetensors is a link that leads nowhere"):
+        check_folder(folder)
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(StoreError, match=r"config\.json is not a plain file"):
+        check_folder(folder)
+
+
+def test_a_sentencepiece_model_alone_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(StoreError, match=r"\(a tokenizer\.model is not read\); load .* AutoTokenizer and save it"):
+        check_folder(folder, is_source=True)

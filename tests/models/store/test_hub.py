@@ -13,9 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from models.store.manifest import MANIFEST
-from tests.models.store.world import write_folder
+from tests.models.store.world import write_folder, write_vocabulary
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PULL = """
@@ -124,6 +126,42 @@ def test_a_hub_id_is_fetched_without_pickles_and_code_and_then_found_offline(tmp
     code, output = start(tmp_path, "owner/name", "http://127.0.0.1:9", offline=True)
     assert code == 0, output  # damaged, and made again from the hub's cache
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_the_commit_is_pinned_in_the_manifest(tmp_path: Path, hub: Hub) -> None:
+    assert start(tmp_path, "owner/name@main", hub.url)[0] == 0
+    manifest = json.loads((tmp_path / "store" / "owner--name--main" / MANIFEST).read_text())
+    assert manifest["source"] == f"hub:owner/name@{COMMIT}"
+
+
+def test_a_sharded_model_without_a_tokenizer_json_is_fetched_and_converted(tmp_path: Path, hub: Hub) -> None:
+    published = shard(tmp_path / "published")
+    (published / "tokenizer.json").unlink()
+    write_vocabulary(published)
+    code, output = start(tmp_path, "owner/name", hub.url)
+    assert code == 0, output
+    folder = tmp_path / "store" / "owner--name"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "tokenizer.json", "tokenizer_config.json", MANIFEST, "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+    }  # fmt: skip
+    assert any(path.endswith("vocab.json") for path in hub.asked)
+
+
+def test_a_vocabulary_that_nobody_needs_is_not_fetched(tmp_path: Path, hub: Hub) -> None:
+    write_vocabulary(tmp_path / "published")
+    assert start(tmp_path, "owner/name", hub.url)[0] == 0
+    assert not any(path.endswith(("vocab.json", "merges.txt")) for path in hub.asked)
+
+
+def shard(folder: Path) -> Path:
+    """Cut the folder's two tensors into two files."""
+    (folder / "model.safetensors").unlink()
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    for tensor, name in names.items():
+        save_file({tensor: torch.zeros(2)}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return folder
 
 
 def test_a_damaged_copy_in_the_hubs_cache_is_found(tmp_path: Path, hub: Hub) -> None:

