@@ -58,6 +58,9 @@ def serve(
     kv_cache_bytes: Annotated[
         str | None, _flag("KV cache of each replica, e.g. 512MiB. [from free memory]", "SIZE")
     ] = None,
+    weight_cache: Annotated[
+        str | None, _flag("Where repacked weights are kept for the next start. [in the store]", "DIR|off")
+    ] = None,
     seed: Annotated[str | None, _flag("Seed of the engine. [0]", "N")] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of settings; flags and ARGOSY_* win over it.", metavar="FILE")

@@ -42,6 +42,7 @@ class EngineSettings:
     seed: int = 0
     num_threads: int | None = None  # None = the cores this process may use
     async_depth: int = 0  # steps in flight beyond the one being read (C5)
+    weight_cache_dir: str = ""  # where packed weights are kept for the next start; "" = nowhere
     enable_prefix_cache: bool = True
 
 
@@ -75,6 +76,7 @@ class ServeSettings:
     gateways: int = 1
     drain_timeout_s: float = 30.0  # how long a replica that leaves waits for its rows to move (C19)
     store: str = ""  # where `argosy pull` keeps models; "" = the user's cache folder
+    weight_cache: str = ""  # where packed weights are kept for the next start; "" = in the store, "off" = nowhere
     engine: EngineSettings = dataclasses.field(
         default_factory=lambda: EngineSettings(model_dir="", served_model_name="")
     )
@@ -84,7 +86,7 @@ class ServeSettings:
 # --- the one table of settings ----------------------------------------------------------------
 
 _INTERNAL: Final = {
-    EngineSettings: {"model_dir", "served_model_name"},
+    EngineSettings: {"model_dir", "served_model_name", "weight_cache_dir"},
     GatewaySettings: {"fd", "replicas", "directory_url", "secret", "name", "served_model_name", "cache_dir"},
     ServeSettings: {"engine", "gateway"},
 }

@@ -52,6 +52,15 @@ class Phase(msgspec.Struct, frozen=True, tag="phase"):
     seconds: float
 
 
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """How far a replica's weights are: of its first rank where there are several. A few times a second at most."""
+
+    who: str
+    done_bytes: int
+    total_bytes: int
+    seconds: float  # since the loading began
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Every replica asked for serves."""
 
@@ -68,7 +77,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     text: str
 
 
-Event = Phase | Ready | Note | Failed
+Event = Phase | Loading | Ready | Note | Failed
 
 _encoder = msgspec.json.Encoder()
 _events: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

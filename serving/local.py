@@ -35,6 +35,7 @@ from serving.control import (
     Deploy,
     Event,
     Failed,
+    Loading,
     Note,
     Phase,
     Ready,
@@ -310,6 +311,7 @@ class LocalRuntime:
             secret=self._secret,
             listen=local_address(Path(self._settings.run_dir), index),
             on_phase=lambda name, seconds: report(Phase(f"replica {index}", name, seconds)),
+            on_load=lambda done, total, seconds: report(Loading(f"replica {index}", done, total, seconds)),
             **gang,
         )
         server.start()

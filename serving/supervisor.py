@@ -43,6 +43,9 @@ class View(Protocol):
     def phase(self, who: str, name: str, seconds: float) -> None:
         """A part of the cold start is over."""
 
+    def loading(self, who: str, done_bytes: int, total_bytes: int, seconds: float) -> None:
+        """How far the weights are, `seconds` after their loading began."""
+
     def log(self, source: str, line: str) -> None:
         """One line of a child's output, or of the supervisor's own."""
 
@@ -205,7 +208,10 @@ class Supervisor:
         model_dir = await _in_thread(self._find_model)
         self._view.phase("model", "pull and verify", time.monotonic() - begun)
         engine = dataclasses.replace(
-            self._settings.engine, model_dir=str(model_dir), num_threads=self._facts.num_threads
+            self._settings.engine,
+            model_dir=str(model_dir),
+            num_threads=self._facts.num_threads,
+            weight_cache_dir=_weight_cache_dir(self._settings),
         )
         self._order = control.Deploy(engine, self._settings.replicas)
         self._send_order()
@@ -298,6 +304,8 @@ class Supervisor:
         match event:
             case control.Phase(who, name, seconds):
                 self._view.phase(who, name, seconds)
+            case control.Loading(who, done_bytes, total_bytes, seconds):
+                self._view.loading(who, done_bytes, total_bytes, seconds)
             case control.Ready():
                 self._replicas_ready.set()
                 if self._is_ready:
@@ -347,6 +355,12 @@ class Supervisor:
         if self._failure.done():
             self._failure.exception()  # looked at, also when something else ended the run
         self._folder.remove()
+
+
+def _weight_cache_dir(settings: ServeSettings) -> str:
+    if settings.weight_cache == "off":
+        return ""
+    return settings.weight_cache or str(Path(settings.store) / ".packed")
 
 
 async def _in_thread(function: Callable[[], Path]) -> Path:

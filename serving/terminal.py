@@ -26,6 +26,8 @@ class Terminal:
         self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
         self._output = Console(highlight=False, soft_wrap=True)
         self._phases: list[tuple[str, str, float]] = []
+        self._loaded: dict[str, tuple[int, float]] = {}  # who -> (bytes, seconds)
+        self._loads: dict[str, TaskID] = {}
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._pull: TaskID | None = None
@@ -52,10 +54,27 @@ class Terminal:
         if self._is_ready:
             return  # of a restarted replica; the supervisor says when it is back
         self._phases.append((who, name, seconds))
+        rate = ""
+        if name == "weights" and who in self._loaded:
+            rate = f" ({_gigabytes(*self._loaded.pop(who))})"
+            if self._progress is not None and who in self._loads:
+                self._progress.remove_task(self._loads.pop(who))
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, detail=f"{who}: {name} {seconds:.1f} s")
+            self._progress.update(self._task, detail=f"{who}: {name} {seconds:.1f} s{rate}")
         else:
-            self._say(f"{who}: {name} {seconds:.2f} s")
+            self._say(f"{who}: {name} {seconds:.2f} s{rate}")
+
+    def loading(self, who: str, done_bytes: int, total_bytes: int, seconds: float) -> None:
+        """How far the weights are, `seconds` after their loading began."""
+        if self._is_ready:
+            return
+        self._loaded[who] = done_bytes, seconds
+        if self._progress is None:
+            return
+        if who not in self._loads:
+            self._loads[who] = self._progress.add_task(f"{escape(who)}: weights", total=total_bytes, detail="")
+        detail = _gigabytes(done_bytes, seconds, total_bytes)
+        self._progress.update(self._loads[who], completed=done_bytes, total=total_bytes, detail=detail)
 
     def pulling(self, phase: str, done: int, total: int) -> None:
         """Progress of bringing the model into the store; bytes. Called from the pull's thread."""
@@ -119,6 +138,13 @@ class Terminal:
                 markup, self._dropped = f"[dim]({self._dropped} lines dropped)[/dim]\n{markup}", 0
             with contextlib.suppress(OSError, ValueError):  # the terminal is gone; serving goes on
                 console.print(markup)
+
+
+def _gigabytes(done_bytes: int, seconds: float, total_bytes: int | None = None) -> str:
+    """ "3.1 of 8.0 GB, 2.4 GB/s"; small models in MB."""
+    scale, unit = (1e9, "GB") if (total_bytes or done_bytes) >= 1e9 else (1e6, "MB")
+    of_total = "" if total_bytes is None else f" of {total_bytes / scale:.1f}"
+    return f"{done_bytes / scale:.1f}{of_total} {unit}, {done_bytes / 1e9 / max(seconds, 1e-9):.1f} GB/s"
 
 
 def printable(line: str) -> str:

@@ -31,11 +31,15 @@ class Recorder:
 
     def __init__(self) -> None:
         self.phases: list[tuple[str, str]] = []
+        self.loads: list[tuple[str, int, int]] = []
         self.lines: list[str] = []
         self.urls: list[str] = []
 
     def phase(self, who: str, name: str, seconds: float) -> None:
         self.phases.append((who, name))
+
+    def loading(self, who: str, done_bytes: int, total_bytes: int, seconds: float) -> None:
+        self.loads.append((who, done_bytes, total_bytes))
 
     def log(self, source: str, line: str) -> None:
         self.lines.append(f"{source} | {line}")
@@ -119,6 +123,7 @@ def test_a_service_starts_and_stops_without_leaving_a_process() -> None:
         assert not folder.exists()
         assert view.urls == [supervisor.url]
         assert {("model", "pull and verify"), ("local", "import"), ("replica 1", "load")} <= set(view.phases)
+        assert ("replica 1", 1_000_000, 1_000_000) in view.loads
 
     asyncio.run(scenario())
 

@@ -33,7 +33,7 @@ SHOWN_GAP_S = 0.2
 # SIGTERM, should this process die: the supervisor then ends everything below it.
 _LEASHED = "import os, sys; from serving.leash import leash; leash(int(sys.argv.pop(1)), {signal}); \
 from serving.cli import main; main()"
-_PHASE = re.compile(r"(?P<who>(?!cold start)[^|:]+): (?P<name>[^|:]+) (?P<seconds>\d+\.\d+) s")
+_PHASE = re.compile(r"(?P<who>(?!cold start)[^|:]+): (?P<name>[^|:]+) (?P<seconds>\d+\.\d+) s(?: \((?P<rate>[^)]+)\))?")
 _READY = re.compile(r"ready (?P<url>http://\S+)/v1 serves (?P<model>.+) after \d+\.\d+ s; try:")
 
 

@@ -29,7 +29,7 @@ from serving.engine.gang import Gang, GangFailed, Member
 from serving.engine.output import StepOutput
 from serving.engine.rank_wire import Begin, Loaded, Setup, message_frame
 from serving.engine.scheduler import Scheduler
-from serving.engine.worker import PhaseCallback, Worker
+from serving.engine.worker import LoadCallback, PhaseCallback, Worker
 from serving.errors import ModelLoadError, SettingsError
 
 
@@ -47,6 +47,7 @@ def build_engine(
     sockets: Sequence[socket.socket],
     *,
     on_phase: PhaseCallback | None,
+    on_load: LoadCallback | None,
     on_output: Callable[[StepOutput], None],
     on_failure: Callable[[BaseException], None],
 ) -> Engine:
@@ -59,7 +60,10 @@ def build_engine(
     if len(sockets) != num_ranks - 1:
         raise SettingsError(f"a gang of {num_ranks} ranks needs connections to {num_ranks - 1}; got {len(sockets)}")
     gang = Gang(sockets) if sockets else None
-    worker = Worker(settings, on_phase=on_phase) if gang is None else assemble(settings, gang, on_phase=on_phase)
+    if gang is None:
+        worker = Worker(settings, on_phase=on_phase, on_load=on_load)
+    else:
+        worker = assemble(settings, gang, on_phase=on_phase, on_load=on_load)
     scheduler = Scheduler(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -80,13 +84,19 @@ def build_engine(
     return Engine(worker, core, gang)
 
 
-def assemble(settings: EngineSettings, gang: Gang, *, on_phase: PhaseCallback | None = None) -> Worker:
+def assemble(
+    settings: EngineSettings,
+    gang: Gang,
+    *,
+    on_phase: PhaseCallback | None = None,
+    on_load: LoadCallback | None = None,
+) -> Worker:
     """Load rank 0's share while the others load theirs; returns rank 0's worker when every rank is ready for plans.
 
     Raises ModelLoadError naming the rank and what it said, or SettingsError.
     """
     try:
-        return _assemble(settings, gang, on_phase)
+        return _assemble(settings, gang, on_phase, on_load)
     except (GangFailed, OSError, TransportError) as error:
         cause = error if isinstance(error, GangFailed) else gang.cause_of(error)
         gang.end(str(cause))
@@ -99,7 +109,9 @@ def assemble(settings: EngineSettings, gang: Gang, *, on_phase: PhaseCallback | 
         raise
 
 
-def _assemble(settings: EngineSettings, gang: Gang, on_phase: PhaseCallback | None) -> Worker:
+def _assemble(
+    settings: EngineSettings, gang: Gang, on_phase: PhaseCallback | None, on_load: LoadCallback | None
+) -> Worker:
     begun = time.perf_counter()
     gang.wait(lambda: all(member.pulse is not None for member in gang.members))
     machines = [gang.machine, *(member.pulse.machine for member in gang.members if member.pulse is not None)]
@@ -110,7 +122,7 @@ def _assemble(settings: EngineSettings, gang: Gang, on_phase: PhaseCallback | No
     for member in gang.members:
         setup = Setup(settings, places[member.rank], num_neighbours[machines[member.rank]])
         gang.tell(member, setup)
-    worker = _load_own(settings, gang, places[0], num_neighbours[machines[0]], on_phase)
+    worker = _load_own(settings, gang, places[0], num_neighbours[machines[0]], on_phase, on_load)
     gang.wait(lambda: all(member.loaded is not None for member in gang.members))
     del store  # everybody has connected
     shares = {member.rank: member.loaded for member in gang.members if member.loaded is not None}
@@ -170,7 +182,12 @@ def _address_of(members: list[Member]) -> str:
 
 
 def _load_own(
-    settings: EngineSettings, gang: Gang, place: Rendezvous, num_neighbours: int, on_phase: PhaseCallback | None
+    settings: EngineSettings,
+    gang: Gang,
+    place: Rendezvous,
+    num_neighbours: int,
+    on_phase: PhaseCallback | None,
+    on_load: LoadCallback | None,
 ) -> Worker:
     """Rank 0's share, in a thread: it may wait for a rank that has failed."""
     outcome: list[Worker | BaseException] = []
@@ -179,7 +196,9 @@ def _load_own(
         try:
             ranks = connect(place)
             gang.at_the_end(ranks.close)
-            outcome.append(Worker(settings, ranks=ranks, num_neighbours=num_neighbours, on_phase=on_phase))
+            outcome.append(
+                Worker(settings, ranks=ranks, num_neighbours=num_neighbours, on_phase=on_phase, on_load=on_load)
+            )
         except BaseException as error:
             outcome.append(error)
         gang.wake()

@@ -32,7 +32,7 @@ from serving.engine.permits import Permits
 from serving.engine.request import Request
 from serving.engine.translate import asset_pieces, to_request, to_step
 from serving.engine.watchdog import disarm, end_if_stalled
-from serving.engine.worker import Found
+from serving.engine.worker import Found, LoadCallback
 from serving.errors import ArgosyError, EngineError
 from serving.types import ModelCard, RankState
 
@@ -53,6 +53,7 @@ class ReplicaServer:
         secret: bytes,
         listen: str,
         on_phase: Callable[[str, float], None] | None = None,
+        on_load: LoadCallback | None = None,
         exits_on_failure: bool = True,
         ranks: Sequence[socket.socket] = (),
     ) -> None:
@@ -71,6 +72,7 @@ class ReplicaServer:
         self.failure: BaseException | None = None
         self._socket, self.address = address.bind(listen)
         self._on_phase = on_phase
+        self._on_load = on_load
         self._exits_on_failure = exits_on_failure
         self._state = "loading"
         self._ranks = ranks
@@ -93,6 +95,7 @@ class ReplicaServer:
             self.settings,
             self._ranks,
             on_phase=self._on_phase,
+            on_load=self._on_load,
             on_output=lambda output: self._post(self._emit, output),
             on_failure=self._fail,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 import platform
 import time
@@ -26,6 +27,8 @@ from serving.engine.runner import ModelRunner, StepResult
 from serving.engine.sampling_rows import SamplingRows
 from serving.errors import ModelLoadError
 
+log = logging.getLogger(__name__)
+
 ENGINE_VERSION = 1
 """Raised whenever the engine's arithmetic changes: part of the fingerprint (C4)."""
 
@@ -34,6 +37,10 @@ _DEFAULT_KV_FRACTION = 0.25
 _MAX_DEFAULT_KV_BYTES = 2 << 30
 
 PhaseCallback = Callable[[str, float], None]
+LoadCallback = Callable[[int, int, float], None]
+"""Told (bytes read, bytes in all, seconds since the loading began)."""
+
+LOAD_REPORT_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,12 +68,14 @@ class Worker:
         ranks: Ranks | None = None,
         num_neighbours: int = 1,
         on_phase: PhaseCallback | None = None,
+        on_load: LoadCallback | None = None,
     ) -> None:
         """Load this rank's share of the model.
 
         ranks: the rest of the gang; `allocate` must follow when all have agreed. None = a single rank.
         num_neighbours: ranks of the gang on this machine, which share its cores and memory.
-        on_phase(name, seconds): told of the parts of a cold start.
+        on_phase(name, seconds): told of the parts of a cold start. on_load: of the weights, twice a second and at
+            the end.
         Raises ModelLoadError with what to do.
         """
         self.settings = settings
@@ -93,6 +102,9 @@ class Worker:
                 group=self._group,
                 stages=self._stages,
                 max_model_len=self.max_model_len,
+                progress=None if on_load is None else _paced(on_load, started),
+                cache_dir=Path(settings.weight_cache_dir) if settings.weight_cache_dir else None,
+                on_note=log.warning,
             )
             weights = weights_fingerprint(settings.model_dir)
             self.num_blocks = self._num_blocks()
@@ -166,6 +178,20 @@ class Worker:
                 f"or raise --kv-cache-bytes to {blocks_per_row * block_bytes:,}"
             )
         return num_blocks + 1  # the sink
+
+
+def _paced(on_load: LoadCallback, started: float) -> Callable[[int, int], None]:
+    """`load_model`'s progress, every LOAD_REPORT_S and at the end."""
+    last = started
+
+    def progress(done_bytes: int, total_bytes: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= LOAD_REPORT_S or done_bytes >= total_bytes:
+            last = now
+            on_load(done_bytes, total_bytes, now - started)
+
+    return progress
 
 
 def tokenizer_size(model_dir: str, logits_size: int) -> int:
