@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from models.config import Experts, Llama3Scaling, Rotary
+from models.random_weights import RandomWeights
+from models.registry import build_model
 from tests.models.architectures.parsing import parsed
 
 QWEN2 = {
@@ -212,6 +214,36 @@ SHAPES = {
     "gemma-3-1b-it": (1152, 26, 4, 1, 256, 6912, 262144, 32768, True),
 }
 """Width, layers, heads, KV heads, head size, inner width, vocabulary, positions, whether the head is tied."""
+
+
+NUM_PARAMETERS = {
+    "Llama-3.1-8B": 8_030_261_248,
+    "Mistral-7B-v0.1": 7_241_732_096,
+    "Mistral-7B-v0.3": 7_248_023_552,
+    "Mixtral-8x7B-v0.1": 46_702_792_704,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
+    "gemma-3-1b-it": 999_885_952,
+}
+"""As published."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_numbers_of_parameters(name: str) -> None:
+    """On the meta device, where a model has shapes and no values."""
+    model = build_model(parsed(CONFIGS[name]), RandomWeights(), device="meta", max_model_len=1)
+    assert model.num_parameters == NUM_PARAMETERS[name]
+
+
+def test_a_token_of_a_mixture_reads_few_of_its_parameters() -> None:
+    """Qwen calls it A3B: three billion of thirty, of which the embedding table is looked up and not read."""
+    config = parsed(CONFIGS["Qwen3-30B-A3B"])
+    model = build_model(config, RandomWeights(), device="meta", max_model_len=1)
+    assert round((model.weight_bytes / 2 + config.vocab_size * config.hidden_size) / 1e9, 2) == 3.35
 
 
 @pytest.mark.parametrize("name", CONFIGS)
