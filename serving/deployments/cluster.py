@@ -20,9 +20,9 @@ from typing import Any, Final
 import msgspec
 
 from serving import config
-from serving.config import EngineSettings
 from serving.control import Deploy, Event, Failed, Note, Phase, Ready, RuntimeEnd, RuntimeSettings
-from serving.deployments.document import MODEL_APP, ReplicaArguments, cpu_share, num_ranks, serve_config
+from serving.deployments.document import MODEL_APP, ReplicaArguments, serve_config
+from serving.deployments.placement import cpu_share, room_for
 
 OBJECT_STORE_BYTES: Final = 100 << 20  # no tensor and no token ever passes through it
 WATCH_STARTING_S: Final = 0.1
@@ -118,19 +118,6 @@ def num_gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
-
-
-def room_for(engine: EngineSettings, replicas: int, gpus: int) -> tuple[int, str]:
-    """(max_surge_percent, "") or (0, why the replicas find no place), by the number of GPUs (C19e)."""
-    needed = replicas * num_ranks(engine)
-    if engine.device != "cuda" or gpus >= 2 * needed:
-        return 100, ""
-    if gpus >= needed:
-        return 0, ""
-    return 0, (
-        f"{replicas} x {num_ranks(engine)} ranks need {needed} GPUs, and Ray found {gpus}; lower --replicas, "
-        "--tensor-parallel-size or --pipeline-parallel-size"
-    )
 
 
 class RayRuntime:

@@ -6,11 +6,11 @@ Imports no ray: Kubernetes manifests are rendered from the same function.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Final
 
 from serving.config import EngineSettings
 from serving.control import DEFAULT_SERVER
+from serving.deployments.placement import deployment_options
 
 DIRECTORY_APP: Final = "directory"
 DIRECTORY_DEPLOYMENT: Final = "Directory"
@@ -31,23 +31,13 @@ class ReplicaArguments:
     server: str = DEFAULT_SERVER
 
 
-def num_ranks(engine: EngineSettings) -> int:
-    """Ranks of one replica."""
-    return engine.tensor_parallel_size * engine.pipeline_parallel_size
-
-
-def cpu_share(cores: int, num_replicas: int, engine: EngineSettings) -> float:
-    """Ray's admission figure of one rank on a machine: half of what there is is left for a rolling update."""
-    return math.floor(cores / (2 * num_replicas * num_ranks(engine)) * 1e4) / 1e4  # Ray counts by ten-thousandths
-
-
 def serve_config(
     model: ReplicaArguments | None, *, num_replicas: int = 1, num_cpus: float = 1.0, max_surge_percent: int = 100
 ) -> dict[str, Any]:
     """The whole of what shall run, as a `ServeDeploySchema` document: what it does not name is removed.
 
     model: None = the directory alone. num_cpus: Ray's admission figure of one rank; its threads are
-    set in EngineSettings. A rank on CUDA takes a whole GPU besides.
+    set in EngineSettings.
     """
     directory: dict[str, Any] = {
         "name": DIRECTORY_APP,
@@ -73,12 +63,9 @@ def serve_config(
             "graceful_shutdown_timeout_s": model.drain_timeout_s + 10.0,
             "graceful_shutdown_wait_loop_s": 0.1,
             "max_surge_percent": max_surge_percent,
-            "ray_actor_options": {"num_cpus": num_cpus},
+            **deployment_options(model.engine, num_cpus),
             **_HEALTH,
         }
-        if model.engine.device == "cuda":
-            replica["ray_actor_options"]["num_gpus"] = 1.0
-        replica.update(_placement(model.engine, num_cpus))
         applications.append(
             {
                 "name": MODEL_APP,
@@ -89,17 +76,3 @@ def serve_config(
             }
         )
     return {"applications": applications}
-
-
-def _placement(engine: EngineSettings, num_cpus: float) -> dict[str, Any]:
-    """A bundle per rank, rank 0's first; nothing for a replica of one.
-
-    A tensor-parallel group meets at every layer and stays on one host; stages may lie on several.
-    """
-    if num_ranks(engine) == 1:
-        return {}
-    bundle = {"CPU": num_cpus} | ({"GPU": 1.0} if engine.device == "cuda" else {})
-    return {
-        "placement_group_bundles": [dict(bundle) for _ in range(num_ranks(engine))],
-        "placement_group_strategy": "STRICT_PACK" if engine.pipeline_parallel_size == 1 else "PACK",
-    }

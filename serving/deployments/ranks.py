@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from serving.deployments.placement import describe
 from serving.deployments.rank_listener import RankListener, introduce
 from serving.errors import ModelLoadError
 
@@ -71,7 +72,7 @@ class RankActors:
         try:
             return self._listener.admit(len(self._actors), deadline_s, self._look)
         except ModelLoadError as error:
-            state = describe_placement(_placement_entry(self._placement), ray.available_resources())
+            state = describe(_placement_entry(self._placement), ray.available_resources())
             raise ModelLoadError(f"{error}: {state}") from error
         finally:
             self._listener.close()
@@ -96,22 +97,11 @@ class RankActors:
                 raise ModelLoadError(f"rank {rank} did not start: {_last_line(error)}") from error
 
 
-def describe_placement(entry: Mapping[str, Any], available: Mapping[str, float]) -> str:
-    """What a placement group waits for, in one line. entry: of Ray's placement group table."""
-    bundles = ", ".join(
-        " + ".join(f"{amount:g} {resource}" for resource, amount in sorted(bundle.items()))
-        for _, bundle in sorted(entry.get("bundles", {}).items())
-    )
-    state = str(entry.get("state", "unknown")).lower()
-    free = ", ".join(f"{available.get(resource, 0.0):g} {resource}" for resource in ("CPU", "GPU"))
-    return f"its placement group ({entry.get('strategy', '?')}) of [{bundles}] is {state}; free are {free}"
-
-
 def waiting_placement() -> str:
     """The first placement group that Ray cannot place now, described; "" when there is none."""
     for entry in ray.util.placement_group_table().values():
         if entry.get("state") == "PENDING":
-            return describe_placement(entry, ray.available_resources())
+            return describe(entry, ray.available_resources())
     return ""
 
 

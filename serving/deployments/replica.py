@@ -20,7 +20,8 @@ from ray import serve
 from ray.util import get_current_placement_group, get_node_ip_address
 
 from serving.deployments.directory import RENEW_S
-from serving.deployments.document import DIRECTORY_APP, DIRECTORY_DEPLOYMENT, ReplicaArguments, num_ranks
+from serving.deployments.document import DIRECTORY_APP, DIRECTORY_DEPLOYMENT, ReplicaArguments
+from serving.deployments.placement import num_ranks
 from serving.deployments.ranks import RankActors
 from serving.errors import ModelLoadError, SettingsError
 
