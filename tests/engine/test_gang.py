@@ -36,6 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_folder(tmp_path_factory.mktemp("gang"), num_hidden_layers=3)
 
 
+@pytest.fixture
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what does not depend on how long a silence may be."""
+    monkeypatch.setattr(gang_module, "SILENCE_S", 0.7)
+
+
 class Guard:
     """Whom a gang tells that it is over."""
 
@@ -89,16 +95,16 @@ def test_a_stopped_rank_is_silent_and_is_killed(folder: Path) -> None:
         until(lambda: not is_alive(ready.pids[0]))
 
 
-def test_rank_0_accuses_nobody_after_it_has_stood_still_itself(folder: Path) -> None:
+def test_rank_0_accuses_nobody_after_it_has_stood_still_itself(folder: Path, short_patience: None) -> None:
     with gang_of(folder, 2, 1) as ready:
         guard = Guard(ready)
         os.kill(ready.pids[0], signal.SIGSTOP)
-        ctypes.PyDLL(None).usleep(2_000_000)  # holds the interpreter: no thread of ours runs
+        ctypes.PyDLL(None).usleep(1_000_000)  # holds the interpreter: no thread of ours runs
         os.kill(ready.pids[0], signal.SIGCONT)
         assert not guard.is_over.wait(0.5), guard.why
 
 
-def test_a_step_that_is_too_old_ends_the_gang(folder: Path) -> None:
+def test_a_step_that_is_too_old_ends_the_gang(folder: Path, short_patience: None) -> None:
     """The last stage waits for hidden states that never come, and its beats go on."""
     with gang_of(folder, 1, 2) as ready:
         guard = Guard(ready, limit_s=0.4)
@@ -108,14 +114,16 @@ def test_a_step_that_is_too_old_ends_the_gang(folder: Path) -> None:
         assert "the running step of rank 1" in guard.why and "0.4 s are its limit" in guard.why
 
 
-def test_who_waits_for_a_result_or_a_collective_learns_the_cause(folder: Path) -> None:
-    for tp, pp in ((2, 1), (1, 2)):
-        with gang_of(folder, tp, pp) as ready:
-            assert ready.gang is not None
-            os.kill(ready.pids[0], signal.SIGSTOP)
-            executor = GangExecutor(ready.worker, ready.gang)
-            with pytest.raises(GangFailed, match=r"rank 1 .* has been silent"):
-                executor.submit(one_token_plan()).result()
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_who_waits_for_a_result_or_a_collective_learns_the_cause(
+    folder: Path, tp: int, pp: int, short_patience: None
+) -> None:
+    with gang_of(folder, tp, pp) as ready:
+        assert ready.gang is not None
+        os.kill(ready.pids[0], signal.SIGSTOP)
+        executor = GangExecutor(ready.worker, ready.gang)
+        with pytest.raises(GangFailed, match=r"rank 1 .* has been silent"):
+            executor.submit(one_token_plan()).result()
 
 
 def test_a_rank_in_the_middle_of_a_step_goes_when_its_connection_closes(folder: Path) -> None:
