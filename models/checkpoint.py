@@ -110,5 +110,11 @@ class Checkpoint:
             raise ModelError(f"the tensor {name} must have shape {list(shape)}; got {list(tensor.shape)}")
         if name in self._unclaimed:
             self._unclaimed.remove(name)
-            self._num_parameters += math.prod(shape)
+            self._num_parameters += _num_values(name, shape)
         return tensor
+
+
+def _num_values(name: str, shape: tuple[int, ...]) -> int:
+    """Parameters that a stored tensor stands for: 4-bit codes are two to a byte, and their scales are none."""
+    kind = name.rpartition(".")[2]
+    return {"codes": 2, "scales": 0, "offsets": 0}.get(kind, 1) * math.prod(shape)

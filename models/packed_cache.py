@@ -21,7 +21,7 @@ from types import TracebackType
 from models.ops.cpu import CpuKernels
 from models.ops.kernels import Kernels, PackedLinear
 from models.packed_file import DamagedFile, PackedFile, packed_bytes, write_packed
-from models.quant.method import WeightPart
+from models.quant.method import WeightPart, claim_part
 from models.weight_reader import WeightReader
 
 VERSION = 1  # of the files
@@ -93,7 +93,7 @@ class PackedCache:
             self._give_up(error)
             return None
         for part in parts:
-            reader.claim(part.stored_name, part.stored_shape)
+            claim_part(reader, part)
         self.bytes_read += num_bytes
         self._on_read(self.bytes_read)
         self.keep(parts, packed)

@@ -33,6 +33,9 @@ from models.ops.kernels import Kernels
 from models.ops.select import select_kernels
 from models.packed_cache import PackedCache, layout_of
 from models.parallel import Group, Stages
+from models.quant.int4 import Int4
+from models.quant.int8 import Int8
+from models.quant.method import LinearMethod
 from models.quant.packer import Packer
 from models.quant.unquantized import Unquantized
 from models.store.errors import StoreError
@@ -57,6 +60,13 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
 """By Hugging Face `model_type`, which is also the name of the architecture's file."""
 
 _ADVICE = {"gemma3": "it also reads images; a text-only export of it says gemma3_text"}
+
+LINEAR_METHODS: dict[str, Callable[[Kernels, torch.dtype, Packer], LinearMethod]] = {
+    "none": Unquantized,
+    "int8": Int8,
+    "int4": Int4,
+}
+"""By the name that `quantization` gives them."""
 
 QUANT_METHODS = ("argosy-int4",)
 """`quant_method` of the folders that we load; `argosy pull` writes them."""
@@ -116,6 +126,7 @@ def load_model(
     folder: Path | str,
     *,
     dtype: torch.dtype | str = torch.bfloat16,
+    quantization: str = "auto",
     device: torch.device | str = "cpu",
     kernels: Kernels | None = None,
     group: Group | None = None,
@@ -129,6 +140,7 @@ def load_model(
     """Load this rank's share of a model folder in Hugging Face layout (C12).
 
     dtype: of the weights; a name or a torch type among DTYPES.
+    quantization: of linear weights; "auto" = as the folder stores them, or one of LINEAR_METHODS.
     kernels: None = the fastest exact set for the device and type.
     max_model_len: positions to be served; None = all that the model was trained for.
     progress: told (bytes read, bytes that this rank reads in all).
@@ -138,13 +150,21 @@ def load_model(
     """
     device, weight_type = torch.device(device), _weight_type(dtype)
     kernels = kernels or select_kernels(device, weight_type)
-    config = load_config(folder)
+    fields = read_fields(Path(folder))
+    config, quantization = parse_config(fields), _linear_method(fields, quantization)
     cache = None
     if cache_dir is not None and device.type == "cpu":
-        identity = _packed_identity(folder, kernels, weight_type, group or Group(), stages or Stages())
+        identity = _packed_identity(folder, kernels, weight_type, quantization, group or Group(), stages or Stages())
         cache = PackedCache(cache_dir, identity, on_note=on_note)
     build = functools.partial(
-        build_model, config, dtype=dtype, group=group, stages=stages, max_model_len=max_model_len, cache=cache
+        build_model,
+        config,
+        dtype=dtype,
+        quantization=quantization,
+        group=group,
+        stages=stages,
+        max_model_len=max_model_len,
+        cache=cache,
     )
     total_bytes = 0
 
@@ -170,12 +190,12 @@ def load_model(
 
 
 def _packed_identity(
-    folder: Path | str, kernels: Kernels, dtype: torch.dtype, group: Group, stages: Stages
+    folder: Path | str, kernels: Kernels, dtype: torch.dtype, quantization: str, group: Group, stages: Stages
 ) -> dict[str, object]:
     """Everything that the bytes of a rank's packed weights depend on."""
     return {
         "weights": weights_fingerprint(folder),
-        "format": str(dtype),
+        "format": f"{dtype} {quantization}",
         "layout": layout_of(kernels),
         "rank": f"{group.rank} of {group.size}",
         "stage": f"{stages.index} of {stages.count}",
@@ -187,6 +207,7 @@ def build_model(
     reader: WeightReader,
     *,
     dtype: torch.dtype | str = torch.bfloat16,
+    quantization: str = "none",
     device: torch.device | str = "cpu",
     kernels: Kernels | None = None,
     group: Group | None = None,
@@ -204,7 +225,7 @@ def build_model(
         raise ModelError(f"max_model_len must be from 1 to the model's {limit} positions; got {max_model_len}")
     kernels = kernels or select_kernels(device, weight_type)
     with Packer(kernels, weight_type) as packer:
-        method = Unquantized(kernels, weight_type, packer)
+        method = LINEAR_METHODS[quantization](kernels, weight_type, packer)
         loader = Loader(reader, kernels, method, group or Group(), weight_type, device, cache=cache)
         return _architecture(config.model_type)(loader, config, stages or Stages(), max_model_len or limit)
 
@@ -229,6 +250,21 @@ def weights_fingerprint(folder: Path | str) -> str:
     except OSError as error:
         raise ModelError(f"{Path(error.filename).name} cannot be read in {folder}: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def _linear_method(fields: Fields, asked: str) -> str:
+    """The name among LINEAR_METHODS for a folder. Raises ModelError where the folder's weights cannot be so."""
+    is_stored = bool(fields.values.get("quantization_config"))
+    if asked == "auto":
+        return "int4" if is_stored else "none"
+    if asked not in LINEAR_METHODS:
+        raise ModelError(f"quantization must be one of auto, {', '.join(LINEAR_METHODS)}; got {asked!r}")
+    if is_stored and asked != "int4":
+        raise ModelError(
+            f"{fields.where}quantization {asked!r} is not possible: the weights are stored as {QUANT_METHODS[0]}; "
+            "pull the original model for it"
+        )
+    return asked
 
 
 def _weight_type(dtype: torch.dtype | str) -> torch.dtype:

@@ -79,6 +79,8 @@ def check_codes(packed: PackedLinear, codes: torch.Tensor, scales: torch.Tensor,
     """Raises ValueError unless these are rows of `packed`, in the types of `Kernels.pack_codes`."""
     if packed.format != "int4":
         raise ValueError(f"stored codes belong into an int4 weight; got {packed.format!r}")
+    if packed.has_offsets != (offsets is not None):
+        raise ValueError(f"offsets are {'missing' if offsets is None else 'given'}, but the weight was made otherwise")
     wanted = {"codes": (codes, torch.uint8, packed.in_features // 2)}
     for name, tensor in (("scales", scales), ("offsets", offsets)):
         if tensor is not None:

@@ -42,10 +42,6 @@ def load_extension() -> types.ModuleType | None:
     return baseline
 
 
-def _has_offsets(packed: PackedLinear) -> bool:
-    return packed.data.shape[-1] > _GROUP_BYTES + PANEL * 2
-
-
 class CpuKernels(PagedAttention):
     """Linears and kernels that treat every row alone; `PagedAttention` has those that touch the KV cache."""
 
@@ -91,7 +87,7 @@ class CpuKernels(PagedAttention):
         if format == "int4":
             block = _GROUP_BYTES + PANEL * (4 if has_offsets else 2)
             data = self._arena.empty((panels, in_features // GROUP_SIZE, block), torch.uint8)
-            return PackedLinear(data, out_features, in_features, dtype, format)
+            return PackedLinear(data, out_features, in_features, dtype, format, has_offsets=has_offsets)
         raise ValueError(f"format must be plain, int8 or int4; got {format!r}")
 
     def pack_rows(self, packed: PackedLinear, first_row: int, rows: torch.Tensor) -> None:
@@ -117,8 +113,6 @@ class CpuKernels(PagedAttention):
         check_codes(packed, codes, scales, offsets)
         panel = self._panel(packed, first_row, len(codes), packed.in_features)
         parts = [None if part is None else part.contiguous() for part in (codes, scales, offsets)]
-        if (offsets is not None) != _has_offsets(packed):
-            raise ValueError(f"offsets are {'missing' if offsets is None else 'given'}: the weight was made otherwise")
         addresses = [0 if part is None else part.data_ptr() for part in parts]
         self.extension.pack_int4(*addresses, panel.data_ptr(), len(codes), packed.in_features)
 
@@ -165,7 +159,7 @@ class CpuKernels(PagedAttention):
         elif weight.scales is not None:
             multiply, format = self._linear_codes, [0, weight.scales.data_ptr()]
         else:
-            multiply, format = self._linear_codes, [2 if _has_offsets(weight) else 1, 0]
+            multiply, format = self._linear_codes, [2 if weight.has_offsets else 1, 0]
         multiply(
             x.data_ptr(),
             data.data_ptr(),

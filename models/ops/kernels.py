@@ -39,13 +39,17 @@ class PackedLinear:
     format: str = "plain"
     scales: torch.Tensor | None = None
     offsets: torch.Tensor | None = None
+    has_offsets: bool = False  # of int4; they and the scales may lie in `data`
 
     @property
     def num_bytes(self) -> int:
         """Of its values and scales without padding: what one multiplication must read."""
-        bits = {"plain": 8 * self.data.itemsize, "int8": 8, "int4": 4}[self.format]
-        extra = sum(part.nbytes for part in (self.scales, self.offsets) if part is not None)
-        return self.out_features * self.in_features * bits // 8 + extra
+        num_values = self.out_features * self.in_features
+        if self.format == "int8":
+            return num_values + 4 * self.out_features
+        if self.format == "int4":
+            return num_values // 2 + num_values // GROUP_SIZE * (4 if self.has_offsets else 2)
+        return num_values * self.data.itemsize
 
 
 FORMATS = ("plain", "int8", "int4")

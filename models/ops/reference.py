@@ -42,9 +42,8 @@ class ReferenceKernels:
         if format == "int4":
             data = empty(out_features, in_features // 2, dtype=torch.uint8)
             scales, offsets = (empty(out_features, in_features // GROUP_SIZE, dtype=torch.float16) for _ in range(2))
-            return PackedLinear(
-                data, out_features, in_features, dtype, format, scales, offsets if has_offsets else None
-            )
+            kept = offsets if has_offsets else None
+            return PackedLinear(data, out_features, in_features, dtype, format, scales, kept, has_offsets)
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
 
     def pack_rows(self, packed: PackedLinear, first_row: int, rows: torch.Tensor) -> None:
@@ -66,8 +65,6 @@ class ReferenceKernels:
     ) -> None:
         check_codes(packed, codes, scales, offsets)
         for into, part in ((packed.data, codes), (packed.scales, scales), (packed.offsets, offsets)):
-            if (into is None) != (part is None):
-                raise ValueError(f"offsets are {'missing' if part is None else 'given'}: the weight was made otherwise")
             if into is not None and part is not None:
                 into[first_row : first_row + len(codes)] = part
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from models.ops.kernels import Kernels, PackedLinear
+from models.ops.kernels import GROUP_SIZE, Kernels, PackedLinear
 from models.weight_reader import WeightReader
 
 
@@ -68,6 +68,23 @@ class LinearMethod(Protocol):
     def load(self, reader: WeightReader, parts: Sequence[WeightPart]) -> PackedWeight:
         """Read `parts` of equal width, stack them along the outputs and repack them once."""
         ...
+
+
+def has_codes(reader: WeightReader, part: WeightPart) -> bool:
+    """Whether the part is stored as 4-bit codes (`models/store/gguf_weights.py` says how)."""
+    return reader.has(f"{part.name}.codes")
+
+
+def claim_part(reader: WeightReader, part: WeightPart) -> None:
+    """Count the weight as a part of the model, however it is stored. Raises ModelError as `WeightReader.claim`."""
+    if not has_codes(reader, part):
+        reader.claim(part.stored_name, part.stored_shape)
+        return
+    out_features, in_features = part.shape
+    reader.claim(f"{part.name}.codes", (out_features, in_features // 2))
+    for name in ("scales", "offsets"):
+        if name == "scales" or reader.has(f"{part.name}.{name}"):
+            reader.claim(f"{part.name}.{name}", (out_features, in_features // GROUP_SIZE))
 
 
 def read_part(reader: WeightReader, part: WeightPart, out: torch.Tensor) -> None:

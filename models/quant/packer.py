@@ -8,9 +8,10 @@ per thread and are read at 2.3 GB/s from the disk, 20 GB/s from the page cache).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 import torch
@@ -25,9 +26,7 @@ _NUM_STRIPS = 3  # one being read, one being packed, one that waits between them
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Strip:
-    packed: PackedLinear
-    first_row: int
-    rows: torch.Tensor
+    pack: Callable[[], None]
     memory: torch.Tensor  # to be given back
 
 
@@ -72,32 +71,47 @@ class Packer:
         for part in parts:  # also those of which this rank has nothing
             reader.claim(part.stored_name, part.stored_shape)
         width = packed.in_features
-        height = self._kernels.pack_height
-        num_rows = max(1, STRIP_BYTES // max(width * self._dtype.itemsize * height, 1)) * height
-        for first_row in range(0, packed.out_features, num_rows):
-            rows = range(first_row, min(first_row + num_rows, packed.out_features))
-            memory = self._free.get()
-            if self._failure is not None:
-                raise self._failure
+        for rows in self.strips(packed, width * self._dtype.itemsize):
+            memory = self._take()
             if len(memory) < len(rows) * width:
-                memory = torch.empty(min(num_rows, packed.out_features) * width, dtype=self._dtype)
+                memory = torch.empty(len(rows) * width, dtype=self._dtype)
             strip = memory[: len(rows) * width].view(len(rows), width)
-            for part, into in _pieces(parts, rows):
+            for part, into in pieces(parts, rows):
                 read_part(reader, part, strip[into.start : into.stop])
-            self._waiting.put(_Strip(packed, first_row, strip, memory))
+            self._waiting.put(_Strip(functools.partial(self._kernels.pack_rows, packed, rows.start, strip), memory))
+
+    def strips(self, packed: PackedLinear, row_bytes: int) -> Iterator[range]:
+        """The rows of `packed` in strips of about STRIP_BYTES, with so many bytes of what is read per row."""
+        height = self._kernels.pack_height
+        num_rows = max(1, STRIP_BYTES // max(row_bytes * height, 1)) * height
+        for first_row in range(0, packed.out_features, num_rows):
+            yield range(first_row, min(first_row + num_rows, packed.out_features))
+
+    def hand_over(self, pack: Callable[[], None]) -> None:
+        """Have `pack` called in the packing thread, after what was handed over before; waits while enough waits there.
+
+        Raises what an earlier call failed with.
+        """
+        self._waiting.put(_Strip(pack, self._take()))
+
+    def _take(self) -> torch.Tensor:
+        memory = self._free.get()
+        if self._failure is not None:
+            raise self._failure
+        return memory
 
     def _work(self) -> None:
         with torch.inference_mode(self._is_inference):
             while (strip := self._waiting.get()) is not None:
                 if self._failure is None:
                     try:
-                        self._kernels.pack_rows(strip.packed, strip.first_row, strip.rows)
+                        strip.pack()
                     except BaseException as error:
                         self._failure = error
                 self._free.put(strip.memory)
 
 
-def _pieces(parts: Sequence[WeightPart], rows: range) -> Iterator[tuple[WeightPart, range]]:
+def pieces(parts: Sequence[WeightPart], rows: range) -> Iterator[tuple[WeightPart, range]]:
     """What lies in `rows` of the stacked parts: pieces of parts, and the rows of the strip that each fills."""
     first = 0
     for part in parts:

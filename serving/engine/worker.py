@@ -97,6 +97,7 @@ class Worker:
             self.model: CausalLM = load_model(
                 settings.model_dir,
                 dtype=self._dtype,
+                quantization=settings.quantization,
                 device=self._device,
                 kernels=self._kernels,
                 group=self._group,
