@@ -12,7 +12,7 @@ import torch
 
 from models.config import ModelConfig
 from models.layers.loader import Loader
-from models.quant.method import PackedWeight, WeightPart
+from models.quant.method import PackedWeight, WeightPart, claim_part
 from models.weight_reader import WeightReader
 
 _STACKED = "mlp"  # where transformers 5 has its experts, if it is told to save them as it holds them
@@ -85,7 +85,7 @@ class MixtureOfExperts:
                 self._experts.append(Expert(expert, parts, config.activation))
             else:
                 for part in parts:
-                    expert.reader.claim(expert.prefix + part.stored_name, part.stored_shape)
+                    claim_part(expert.reader, dataclasses.replace(part, name=expert.prefix + part.name))
         held = sum(expert.num_bytes for expert in self._experts)
         self.num_bytes = self._router.num_bytes + held * self._num_chosen // self._num_experts
 
