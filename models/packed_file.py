@@ -63,7 +63,7 @@ class PackedFile:
             dtype = getattr(torch, entry["dtype"])
             pieces: dict[str, dict[str, Any]] = entry["pieces"]
             out_features, in_features = entry["shape"]
-            packed = kernels.empty_packed(out_features, in_features, dtype, entry["format"], "offsets" in pieces)
+            packed = kernels.empty_packed(out_features, in_features, dtype, entry["format"], entry["has_offsets"])
             if packed.data.device.type != "meta":
                 tensors = packed_tensors(packed)
                 if tensors.keys() != pieces.keys():
@@ -123,6 +123,7 @@ def write_packed(folder: Path, weights: Mapping[str, PackedLinear]) -> None:
                 "shape": [packed.out_features, packed.in_features],
                 "dtype": _name(packed.dtype),
                 "format": packed.format,
+                "has_offsets": packed.has_offsets,
                 "pieces": pieces,
             }
         os.fsync(file.fileno())

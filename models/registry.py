@@ -29,6 +29,7 @@ from models.decoder import Decoder
 from models.fields import Fields, read_fields, shown
 from models.kv_cache import KVCache
 from models.layers.loader import Loader
+from models.ops.codes import ROUNDING_VERSION
 from models.ops.kernels import Kernels
 from models.ops.select import select_kernels
 from models.packed_cache import PackedCache, layout_of
@@ -195,7 +196,7 @@ def _packed_identity(
     """Everything that the bytes of a rank's packed weights depend on."""
     return {
         "weights": weights_fingerprint(folder),
-        "format": f"{dtype} {quantization}",
+        "format": f"{dtype} {quantization} {ROUNDING_VERSION}",
         "layout": layout_of(kernels),
         "rank": f"{group.rank} of {group.size}",
         "stage": f"{stages.index} of {stages.count}",

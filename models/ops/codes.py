@@ -9,6 +9,7 @@ import torch
 
 from models.ops.kernels import GROUP_SIZE, PackedLinear
 
+ROUNDING_VERSION = 1  # raised when the same weights get other codes
 MAX_INT8_INPUTS = 65_536  # sums of 255 * 127 per input must fit int32
 _SMALLEST = 2.0**-100  # rows and groups whose values are all smaller count as zero
 
