@@ -1,4 +1,4 @@
-"""Every architecture: what transformers wrote, through GGUF and back, is what transformers wrote."""
+"""Every architecture: what transformers wrote, through GGUF and back, is what transformers wrote, and we serve it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from models.ops.select import select_kernels
 from models.store import StoreError, pull, resolve
+from tests.models.architectures.parity import Case
 from tests.models.store.families import CONFIGS, write_family, write_original
 
 IDS = torch.arange(3, 250, 8)[None]
@@ -37,6 +39,7 @@ def test_a_family_comes_back_from_gguf(tmp_path: Path, name: str) -> None:
     assert pulled.config.model_type == CONFIGS[name].model_type
     with torch.inference_mode():
         assert torch.equal(pulled(IDS).logits, original(IDS).logits)
+        Case(folder, (2, 40)).assert_parity(select_kernels(torch.device("cpu"), torch.float32), num_shuffles=1)
 
 
 INT4 = ["llama with biases", "mixtral", "qwen2", "qwen3moe", "gpt2", "gptneox"]
