@@ -40,6 +40,7 @@ from serving.errors import ModelLoadError
 log = logging.getLogger(__name__)
 
 PULSE_S: Final = 0.1
+BLAME_S: Final = 0.5  # for rank 0 to see the end of the peer that is to blame for an error of the transport
 EXIT_ORPHANED: Final = 71
 EXIT_FAILED: Final = 70  # EX_SOFTWARE
 
@@ -51,7 +52,10 @@ def run_rank(sock: socket.socket) -> NoReturn:
         rank.serve()
     except EOFError:
         os._exit(EXIT_ORPHANED)
-    except (ModelLoadError, TransportError, MemoryError) as error:
+    except TransportError as error:
+        time.sleep(BLAME_S)
+        rank.give_up(str(error))
+    except (ModelLoadError, MemoryError) as error:
         rank.give_up(str(error) or "out of memory while loading the model")
     except BaseException as error:
         traceback.print_exc()

@@ -17,7 +17,10 @@ from tests.tiny import tiny_model_folder
 MODEL = "tiny"
 
 
-@pytest.fixture(scope="module", params=[("2", "1"), ("1", "2")], ids=["tensor", "pipeline"])
+SHAPES = {"tensor": ("2", "1"), "pipeline": ("1", "2")}
+
+
+@pytest.fixture(scope="module")
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("local")
     # Wide enough that a step takes milliseconds: a blow must find streams running.
@@ -25,7 +28,7 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         folder / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=8, max_position_embeddings=1024
     )
     flags = ("--runtime", "local", "--model", str(model), "--served-model-name", MODEL, "--max-model-len", "1024")
-    tp, pp = request.param
+    tp, pp = SHAPES[request.param]
     sizes = ("--tensor-parallel-size", tp, "--pipeline-parallel-size", pp, "--kv-cache-bytes", "64MiB")
     with serving(folder, *flags, *sizes) as service:
         yield service
@@ -37,11 +40,20 @@ def ranks_of(service: Service) -> list[tuple[int, int]]:
     return [(rank["rank"], rank["pid"]) for rank in replica["ranks"]]
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_is_killed_or_frozen_costs_no_token(service: Service, blow: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("service", "blow", "rank"),
+    [
+        ("tensor", signal.SIGKILL, 1),
+        ("tensor", signal.SIGSTOP, 1),
+        ("pipeline", signal.SIGKILL, 0),
+        ("pipeline", signal.SIGSTOP, 1),
+    ],
+    indirect=["service"],
+)
+def test_a_rank_that_is_killed_or_frozen_costs_no_token(service: Service, blow: signal.Signals, rank: int) -> None:
     before = ranks_of(service)
     assert [rank for rank, _ in before] == [0, 1]
-    kill_in_the_middle(service, MODEL, max_tokens=150, number=blow, rank=1)
+    kill_in_the_middle(service, MODEL, max_tokens=150, number=blow, rank=rank)
     service.wait_until_ready(30)
     after = ranks_of(service)
     assert [rank for rank, _ in after] == [0, 1]
