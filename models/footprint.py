@@ -84,8 +84,15 @@ class Share:
     def __mul__(self, count: int) -> Share:
         if not count:
             return Share()
-        counts = (self.linear, self.linear_outputs, self.plain, self.table, self.vector, self.angles)
-        return Share(*(count * value for value in counts), self.widths)
+        return Share(
+            count * self.linear,
+            count * self.linear_outputs,
+            count * self.plain,
+            count * self.table,
+            count * self.vector,
+            count * self.angles,
+            self.widths,
+        )
 
     def linear_bytes(self, precision: Precision) -> int:
         """Of all linears with their scales: what a step reads, experts nobody chose included."""

@@ -1,4 +1,4 @@
-"""`argosy serve | pull | chat | bench`. Heavy imports wait until a command needs them."""
+"""`argosy serve | pull | plan | chat | bench`. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -105,6 +105,48 @@ def pull(
     except SettingsError as error:
         _refuse(str(error))
     raise typer.Exit(launch.pull(settings))
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Shape such as gpt3-175b, config.json, folder, GGUF file, alias or hub id; none lists names."
+        ),
+    ] = None,
+    gpu: Annotated[str | None, _flag("Device by name; cpu is one, too. [h100-80gb]", "NAME")] = None,
+    gpus: Annotated[str | None, _flag("Devices in all. [1]", "N")] = None,
+    gpus_per_node: Annotated[str | None, _flag("Devices of one machine. [8]", "N")] = None,
+    dtype: Annotated[str | None, _flag("Type of weights. [bfloat16]", "bfloat16|float16|float32")] = None,
+    quantization: Annotated[
+        str | None, _flag("Format of linear layers; auto takes the model's. [auto]", "auto|none|int8|int4")
+    ] = None,
+    kv_dtype: Annotated[
+        str | None, _flag("Type of the KV cache. [that of weights]", "bfloat16|float16|float32")
+    ] = None,
+    context: Annotated[str | None, _flag("Tokens of one request. [8192, or the model's limit]", "N")] = None,
+    max_num_seqs: Annotated[str | None, _flag("Rows that a replica runs at once. [32]", "N")] = None,
+    max_num_batched_tokens: Annotated[str | None, _flag("Tokens of one engine step. [256]", "N")] = None,
+    memory: Annotated[str | None, _flag("Of one device, in place of what --gpu says: 80GB.", "SIZE")] = None,
+    bandwidth: Annotated[str | None, _flag("Likewise: 3.0TB/s.", "RATE")] = None,
+    flops: Annotated[str | None, _flag("Likewise, of linears: 798T.", "RATE")] = None,
+    link: Annotated[str | None, _flag("Likewise, to its neighbours, one direction: 450GB/s.", "RATE")] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="[table]", metavar="table|json")] = None,
+) -> None:
+    """Say what a model needs, how it fits devices, and how fast it could be; 1 when nothing fits."""
+    flags = {key: value for key, value in locals().items() if key != "model"}
+    from rich.console import Console
+
+    from serving import config as settings_of
+    from serving.planning import command
+    from serving.planning.demand import PlanError
+
+    try:
+        code = command.run(model, flags, Path(settings_of.load({}).store), Console())
+    except (PlanError, SettingsError) as error:
+        _refuse(str(error))
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -7,6 +7,7 @@ with them and the benchmarks hold measurements against them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 
@@ -33,7 +34,7 @@ class ExpertShape:
 
     def read(self, num_tokens: float) -> float:
         """Expected parameters of the held experts that at least one of the tokens chose."""
-        is_chosen = 1 - (1 - self.num_chosen / self.num_experts) ** num_tokens
+        is_chosen = 1 - math.pow(1 - self.num_chosen / self.num_experts, num_tokens)
         return self.num_held * is_chosen * self.parameters
 
     @property
