@@ -83,8 +83,9 @@ def shown(settings: ServeSettings, facts: Found) -> dict[str, dict[str, Any]]:
 
 # --- does the model fit? ------------------------------------------------------------------------
 
-_PROCESS_BYTES: Final = 400 << 20  # a replica's interpreter, torch and activations (measured: 300 MiB)
+_PROCESS_BYTES: Final = 400 << 20  # a rank's interpreter, torch and activations (measured: 300 MiB)
 _BYTES_PER_WEIGHT: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+_BYTES_PER_CODE: Final = {"int8": 1.0, "int4": 0.5625}  # of a linear weight with its scales; nearly all weights are
 
 
 def check_model(model_dir: Path, settings: ServeSettings, facts: Found) -> None:
@@ -101,15 +102,19 @@ def check_model(model_dir: Path, settings: ServeSettings, facts: Found) -> None:
         )
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     file_bytes = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
-    weight_bytes = file_bytes * _BYTES_PER_WEIGHT[settings.engine.dtype] // _BYTES_PER_WEIGHT.get(stored, 2)
-    cache_bytes = settings.engine.kv_cache_bytes or 0
-    needed = settings.replicas * (weight_bytes + cache_bytes + _PROCESS_BYTES)
+    engine = settings.engine
+    bytes_per_weight = _BYTES_PER_CODE.get(engine.quantization, _BYTES_PER_WEIGHT[engine.dtype])
+    weight_bytes = int(file_bytes * bytes_per_weight // _BYTES_PER_WEIGHT.get(stored, 2))
+    num_ranks = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    cache_bytes = num_ranks * (engine.kv_cache_bytes or 0)
+    needed = settings.replicas * (weight_bytes + cache_bytes + num_ranks * _PROCESS_BYTES)
     if needed > facts.memory_available_bytes:
         cache = f" + {_size(cache_bytes)} KV cache" if cache_bytes else ""
+        processes = f"{_size(num_ranks * _PROCESS_BYTES)} {'processes' if num_ranks > 1 else 'process'}"
         times = f" x {settings.replicas} replicas" if settings.replicas > 1 else ""
         raise SettingsError(
-            f"{settings.model} needs {_size(needed)} of memory ({_size(weight_bytes)} weights{cache} + "
-            f"{_size(_PROCESS_BYTES)} process{times}) but {_size(facts.memory_available_bytes)} are free; "
+            f"{settings.model} needs {_size(needed)} of memory ({_size(weight_bytes)} weights{cache} + {processes}"
+            f"{times}) but {_size(facts.memory_available_bytes)} are free; "
             "serve a smaller model, or lower --replicas or --kv-cache-bytes"
         )
 

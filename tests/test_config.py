@@ -224,6 +224,17 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(tmp_path: Path) -
         assert part in str(refusal.value)
 
 
+def test_every_rank_of_a_gang_costs_a_process_and_a_format_saves_weights(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    gang = load({"tensor_parallel_size": "2", "pipeline_parallel_size": "2", "kv_cache_bytes": "128MiB"})
+    with pytest.raises(SettingsError, match=r"needs 2\.2 GiB .*100 MiB weights \+ 512 MiB KV cache \+ 1\.6 GiB proc"):
+        found.check_model(folder, gang, facts(gang, 1 << 20))
+    for quantization, weights in (("none", "100"), ("int8", "50"), ("int4", "28")):
+        settings = load({"quantization": quantization})
+        with pytest.raises(SettingsError, match=f"{weights} MiB weights"):
+            found.check_model(folder, settings, facts(settings, 1 << 20))
+
+
 def test_an_unsupported_architecture_is_refused_by_name_with_what_is_supported(tmp_path: Path) -> None:
     settings = load()
     with pytest.raises(SettingsError, match=r"'mamba' is not supported; this build serves .*llama"):
