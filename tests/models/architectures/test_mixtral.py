@@ -13,10 +13,11 @@ from models.checkpoint import Checkpoint
 from models.config import ModelError
 from models.ops.kernels import Kernels
 from models.parallel import Group
-from models.registry import build_model, load_config, load_model
-from tests.models.architectures.parity import SIZES, Case
+from models.registry import CausalLM, build_model, load_config, load_model
+from tests.models.architectures.parity import SIZES, Case, some_tokens
 from tests.models.architectures.parsing import assert_refused, parsed
 from tests.models.architectures.shares import BACKENDS, assert_invariant, assert_ranks_agree, assert_stages_agree
+from tests.models.paged import Sequences
 from tests.models.test_parallel import on_ranks
 from tests.tiny import tiny_checkpoint
 
@@ -25,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "three_of_five": {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 11},
     "all_of_three": {"num_local_experts": 3, "num_experts_per_tok": 3, "tie_word_embeddings": True},
     "one_of_four": {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 20, "num_key_value_heads": 8},
+    "multiples_of_32": {"intermediate_size": 64, "num_local_experts": 5, "num_experts_per_tok": 3},
     "a_single_one": {"num_local_experts": 1, "num_experts_per_tok": 1, "num_hidden_layers": 1},
 }
 
@@ -38,6 +40,12 @@ def stacked_folder(path: Path, variant: str) -> Path:
     model = AutoModelForCausalLM.from_pretrained(folder(path / "separate", variant), dtype=torch.float32)
     model.save_pretrained(path / "stacked", save_original_format=False)
     return path / "stacked"
+
+
+def logits(model: CausalLM) -> torch.Tensor:
+    sequences = Sequences(model, some_tokens([20], model.config.vocab_size), torch.float32)
+    sequences.step([(0, 20)])
+    return sequences.all_logits(0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -69,6 +77,34 @@ def test_stacked_experts_are_the_same_model(tmp_path: Path, kernels: Kernels) ->
     Case(stacked).assert_parity(kernels)
     separate = load_model(tmp_path / "separate", dtype="float32")
     assert load_model(stacked, dtype="float32").num_parameters == separate.num_parameters
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_packed_experts_are_kept_for_the_next_start(tmp_path: Path, is_stacked: bool) -> None:
+    path = (stacked_folder if is_stacked else folder)(tmp_path, "three_of_five")
+    loads: list[Path] = []
+
+    def start() -> torch.Tensor:
+        model = load_model(path, dtype="float32", cache_dir=tmp_path / "cache", run_later=lambda work: work())
+        loads.extend((tmp_path / "cache").glob("*/*"))
+        return logits(model)
+
+    assert torch.equal(start(), start())
+    assert loads  # something was kept
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_experts_in_other_formats(quantization: str, is_stacked: bool, tmp_path: Path) -> None:
+    """Near the unquantised model, whose router they share; the same from both layouts, and on ranks."""
+    path = (stacked_folder if is_stacked else folder)(tmp_path, "multiples_of_32")
+    plain = load_model(path, dtype="float32")
+    model = load_model(path, dtype="float32", quantization=quantization)
+    assert model.weight_bytes < plain.weight_bytes / 2
+    error = (logits(model) - logits(plain)).std() / logits(plain).std()
+    assert 0 < error < {"int8": 0.1, "int4": 0.5}[quantization]
+    for rank in on_ranks(2, lambda group: load_model(path, dtype="float32", quantization=quantization, group=group)):
+        assert rank.num_parameters == plain.num_parameters
 
 
 @pytest.mark.parametrize("is_stacked", [False, True])
