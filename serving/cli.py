@@ -56,7 +56,7 @@ def serve(
     max_num_seqs: Annotated[str | None, _flag("Rows that a replica runs at once. [32]", "N")] = None,
     max_num_batched_tokens: Annotated[str | None, _flag("Tokens of one engine step. [256]", "N")] = None,
     kv_cache_bytes: Annotated[
-        str | None, _flag("KV cache of each replica, e.g. 512MiB. [from free memory]", "SIZE")
+        str | None, _flag("KV cache of each rank, e.g. 512MiB. [from free memory]", "SIZE")
     ] = None,
     weight_cache: Annotated[
         str | None, _flag("Where repacked weights are kept for the next start. [in the store]", "DIR|off")

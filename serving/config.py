@@ -37,7 +37,7 @@ class EngineSettings:
     max_model_len: int | None = None  # None = the model's
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 256  # the fixed token budget of a step (C7)
-    kv_cache_bytes: int | None = None
+    kv_cache_bytes: int | None = None  # of each rank
     block_size: int = 16
     seed: int = 0
     num_threads: int | None = None  # None = the cores this process may use

@@ -20,6 +20,8 @@ class IeeeMode {
 
  private:
   unsigned saved_;
+#else
+  IeeeMode() {}
 #endif
 };
 
