@@ -25,7 +25,7 @@ from serving.config import EngineSettings
 from serving.engine.core import EngineCore
 from serving.engine.cost import FIRST_PREFILL_TOKENS, StepCostModel
 from serving.engine.executor import Executor, GangExecutor, LocalExecutor
-from serving.engine.gang import Gang, GangFailed, Member
+from serving.engine.gang import Gang, GangFailed
 from serving.engine.output import StepOutput
 from serving.engine.rank_wire import Begin, Loaded, Setup, message_frame
 from serving.engine.scheduler import Scheduler
@@ -116,9 +116,10 @@ def _assemble(
     gang.wait(lambda: all(member.pulse is not None for member in gang.members))
     machines = [gang.machine, *(member.pulse.machine for member in gang.members if member.pulse is not None)]
     num_neighbours = Counter(machines)
-    host = "127.0.0.1" if len(num_neighbours) == 1 else _address_of(gang.members)
+    is_one_machine = len(num_neighbours) == 1
+    host = "127.0.0.1" if is_one_machine else _address_towards_others(gang)
     store = host_store(host)
-    places = _places(settings, is_one_machine=len(num_neighbours) == 1, host=host, port=store.port)
+    places = _places(settings, is_one_machine=is_one_machine, host=host, port=store.port)
     for member in gang.members:
         setup = Setup(settings, places[member.rank], num_neighbours[machines[member.rank]])
         gang.tell(member, setup)
@@ -173,12 +174,13 @@ def _collectives(settings: EngineSettings, *, is_one_machine: bool) -> str:
     return "shared-memory" if is_one_machine and is_available() else "gloo"
 
 
-def _address_of(members: list[Member]) -> str:
-    """The address of ours at which ranks on other machines reached us."""
-    for member in members:
-        if member.sock.family != socket.AF_UNIX:
+def _address_towards_others(gang: Gang) -> str:
+    """The address of ours at which ranks on other machines have reached us."""
+    for member in gang.members:
+        is_elsewhere = member.pulse is not None and member.pulse.machine != gang.machine
+        if is_elsewhere and member.sock.family != socket.AF_UNIX:
             return str(member.sock.getsockname()[0])
-    raise ModelLoadError("ranks of several machines are connected by Unix sockets only: they cannot meet")
+    raise ModelLoadError("ranks that share no machine are connected by Unix sockets: they cannot meet elsewhere")
 
 
 def _load_own(

@@ -112,6 +112,7 @@ class _Rank:
             raise TypeError(f"expected the beginning, not {type(begin).__name__}")
         worker.allocate(begin.num_blocks)
         self._is_loading = False
+        self._beat()  # rank 0 waits for it
         return worker, setup.place
 
     def give_up(self, text: str) -> NoReturn:

@@ -117,7 +117,7 @@ class Worker:
             self.allocate(self.num_blocks)
 
     def allocate(self, num_blocks: int) -> None:
-        """Make a KV cache of so many blocks, which no rank of the gang has more of than `num_blocks`; then run."""
+        """Make the KV cache; plans may come. num_blocks: the fewest that any rank of the gang can hold."""
         settings, started = self.settings, time.perf_counter()
         kv_cache = KVCache(
             self.config, self._kernels, num_blocks, settings.block_size, self._dtype, self._stages, self._group

@@ -158,6 +158,11 @@ def test_ranks_are_shown_with_their_steps(folder: Path) -> None:
         assert state.age_s < 1.0
 
 
+def test_ranks_of_one_machine_share_its_cores(folder: Path) -> None:
+    with gang_of(folder, 2, 1, num_threads=None) as ready:
+        assert ready.worker.found.num_threads == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
 def test_a_replica_ends_with_its_gang(folder: Path, tmp_path: Path) -> None:
     sock, pid = forks().rank()
     server = ReplicaServer(
