@@ -29,7 +29,7 @@ def flip_bit(path: Path, offset: int) -> None:
 
 def test_unknown_architectures_are_refused_with_the_known_ones(tmp_path: Path) -> None:
     edit_config(tiny_llama(tmp_path), model_type="mamba")
-    with pytest.raises(ModelError, match="model_type 'mamba' is not one of .*llama"):
+    with pytest.raises(ModelError, match=r"model_type 'mamba' is not one of .*llama"):
         load_model(tmp_path)
 
 
