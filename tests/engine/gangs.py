@@ -29,12 +29,19 @@ class Forks:
         theirs.close()
         self._end = weakref.finalize(self, _end, self._control, self.process)
 
-    def rank(self) -> tuple[socket.socket, int]:
+    def rank(self, *, over_tcp: bool = False) -> tuple[socket.socket, int]:
         """A connection to a new rank, and its pid."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = tcp_pair() if over_tcp else socket.socketpair()
         socket.send_fds(self._control, [b"r"], [theirs.fileno()])
         theirs.close()
         return ours, int.from_bytes(self._control.recv(4), "little")
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    return ours, theirs
 
 
 def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:

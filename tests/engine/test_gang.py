@@ -203,6 +203,23 @@ def test_a_peaceful_end_leaves_no_process(folder: Path) -> None:
     assert not guard.is_over.is_set()
 
 
+def test_ranks_on_another_machine_meet_over_its_network_and_go_with_the_connection(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine is one that calls itself so: nothing of it is killed or shared."""
+    monkeypatch.setattr(gang_module, "machine", lambda: "elsewhere")
+    connections = [forks().rank(over_tcp=True) for _ in range(3)]
+    gang = Gang([sock for sock, _ in connections])
+    worker = assemble(gang_settings(folder, 2, 2, num_threads=None), gang)
+    try:
+        assert [member.process for member in gang.members] == [-1, -1, -1]
+        assert worker.found.num_threads == len(os.sched_getaffinity(0))
+        assert len(GangExecutor(worker, gang).submit(one_token_plan()).result().ids) == 1
+    finally:
+        gang.close()
+    until(lambda: not any(is_alive(pid) for _, pid in connections), timeout_s=2.0)
+
+
 # --- coming together ------------------------------------------------------------------------------
 
 
