@@ -16,6 +16,7 @@ from models.store.gguf_tokenizer import tokenizer_files
 from models.store.gguf_weights import GROUP_SIZE, INT4_FORMATS, bfloat16_entry, int4_entries
 from models.store.safetensors_writer import write_weights
 
+MAX_SHARD_BYTES = 4 << 30
 _ENDS = ("eos", "eot", "eom")  # of the sequence, of a turn, of a message to a tool
 
 
@@ -54,7 +55,7 @@ def convert_gguf(
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=2, sort_keys=True) + "\n"
         write_synced(folder / name, text.encode())
-    return write_weights(folder, entries, progress)
+    return write_weights(folder, entries, progress, MAX_SHARD_BYTES)
 
 
 def _generation_config(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
+import re
 from pathlib import Path
 
 from models.store.errors import StoreError
@@ -14,18 +14,18 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 MAX_SHARDS = 4096
-PATTERNS = (
+FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
+    INDEX,
 )
-"""What a model consists of. Nothing else is fetched or copied: no pickles, no code."""
+"""What a model consists of, with its weights. Nothing else is fetched or copied: no pickles, no code."""
+
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}\.safetensors")
 
 
 def check_folder(folder: Path, *, is_source: bool = False) -> None:
@@ -37,6 +37,12 @@ def check_folder(folder: Path, *, is_source: bool = False) -> None:
     """
     if not folder.is_dir():
         raise StoreError(f"{folder}: not a folder")
+    check_description(folder, is_source=is_source)
+    _check_weights(folder)
+
+
+def check_description(folder: Path, *, is_source: bool = False) -> None:
+    """As `check_folder`, but for all that is not weights: what can be refused before they are fetched."""
     for path in folder.iterdir():
         if path.is_symlink():
             _check_link(folder, path)
@@ -57,24 +63,32 @@ def check_folder(folder: Path, *, is_source: bool = False) -> None:
             f"{folder.name}/tokenizer.json is missing{instead}; load the tokenizer with transformers' AutoTokenizer "
             "and save it into the folder with save_pretrained()"
         )
-    _check_weights(folder)
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The files that hold the weights, by the index if there is one.
+
+    Raises StoreError for an index that is none, or that names anything but safetensors files beside it.
+    """
+    return sorted(_read_index(folder)) if (folder / INDEX).exists() else [WEIGHTS]
 
 
 def copy_model(source: Path, target: Path) -> dict[str, str]:
-    """Fill the empty `target` with the files of PATTERNS, with the tokenizer converted where needed.
+    """Fill the empty `target` with FILES and the weights, with the tokenizer converted where needed.
 
     source: checked by `check_folder(source, is_source=True)`. Weights are linked where possible, for nobody writes
     them; the rest is copied: whoever edits a file in the store must not edit its source. Returns {file name: name of
     the file that it is a link to} of the links (a hub's cache names blobs by their content).
     """
     links: dict[str, str] = {}
-    for path in sorted(source.iterdir()):
-        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in PATTERNS):
+    weights = weight_names(source)
+    for path in [*(source / name for name in FILES), *(source / name for name in weights)]:
+        if not path.exists():
             continue
         origin = path.resolve()
         if path.is_symlink():
             links[path.name] = origin.name
-        take(origin, target / path.name, may_link=path.suffix == ".safetensors")
+        take(origin, target / path.name, may_link=path.name in weights)
     if needs_tokenizer(source):
         write_tokenizer({name: source / name for name in VOCABULARY}, target)
     return links
@@ -92,26 +106,34 @@ def _check_weights(folder: Path) -> None:
                 f"{folder.name}: the weights are in {pickles[0]!r}, a pickle, which can run code and is never "
                 "loaded; save the model again with safe_serialization=True"
             )
-        raise StoreError(f"{folder.name}: there is neither {WEIGHTS} nor {INDEX}")
+        raise StoreError(
+            f"{folder.name}: there is neither {WEIGHTS} nor {INDEX} (weights in other formats are not read: save the "
+            "model again with safe_serialization=True)"
+        )
 
 
 def _check_shards(folder: Path) -> None:
-    weight_map = read_json(folder / INDEX, is_strict=True).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise StoreError(f"{folder.name}/{INDEX} has no 'weight_map'")
-    shards: dict[str, set[str]] = {}
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
-            raise StoreError(f"{folder.name}/{INDEX} puts {tensor!r} into {shard!r}, not a safetensors file beside it")
-        shards.setdefault(shard, set()).add(tensor)
-    if len(shards) > MAX_SHARDS:
-        raise StoreError(f"{folder.name}/{INDEX} names {len(shards)} shards; at most {MAX_SHARDS} are allowed")
-    for shard, tensors in sorted(shards.items()):
+    for shard, tensors in sorted(_read_index(folder).items()):
         if not (folder / shard).is_file():
             raise StoreError(f"{folder.name}: the shard {shard!r} is missing; fetch it again")
         different = tensors ^ set(check_header(folder / shard))
         if different:
             raise StoreError(f"{folder.name}: {INDEX} and {shard!r} disagree about {min(different)!r}")
+
+
+def _read_index(folder: Path) -> dict[str, set[str]]:
+    """{shard: tensors}"""
+    weight_map = read_json(folder / INDEX, is_strict=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise StoreError(f"{folder.name}/{INDEX} has no 'weight_map'")
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise StoreError(f"{folder.name}/{INDEX} puts {tensor!r} into {shard!r}, not a safetensors file beside it")
+        shards.setdefault(shard, set()).add(tensor)
+    if len(shards) > MAX_SHARDS:
+        raise StoreError(f"{folder.name}/{INDEX} names {len(shards)} shards; at most {MAX_SHARDS} are allowed")
+    return shards
 
 
 def _check_link(folder: Path, path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from models.store.errors import StoreError
-from models.store.folder import PATTERNS, check_folder, copy_model
+from models.store.folder import FILES, check_description, check_folder, copy_model, weight_names
 from models.store.vocabulary import VOCABULARY
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -25,9 +25,11 @@ def fetch(
     that the hub gave for files, as far as it did. Raises StoreError when the hub refuses, cannot be reached and the
     cache holds no copy, or the files are unsafe.
     """
-    snapshot = _download(repository, revision, PATTERNS, progress)
+    snapshot = _download(repository, revision, FILES, progress)
     if not (snapshot / "tokenizer.json").exists():
         snapshot = _download(repository, snapshot.name, VOCABULARY, progress)
+    check_description(snapshot, is_source=True)
+    snapshot = _download(repository, snapshot.name, weight_names(snapshot), progress)
     check_folder(snapshot, is_source=True)
     links = copy_model(snapshot, folder)
     # The cache names large files by their content.

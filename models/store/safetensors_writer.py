@@ -23,8 +23,6 @@ from models.store.files import write_synced
 from models.store.folder import INDEX, WEIGHTS
 from models.store.safetensors_file import BYTES_PER_ITEM
 
-MAX_SHARD_BYTES = 4 << 30
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
@@ -44,7 +42,7 @@ def write_weights(
     folder: Path,
     entries: Sequence[Entry],
     progress: Callable[[int, int], None],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int,
 ) -> dict[str, str]:
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` (one tensor may be larger) and their index.
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from models.ops.select import select_kernels
-from models.store import StoreError, pull, resolve
+from models.store import StoreError, convert, pull, resolve, verify
 from tests.models.architectures.parity import Case
 from tests.models.store.families import CONFIGS, write_family, write_original
 
@@ -91,6 +91,22 @@ def test_both_weight_formats_live_side_by_side(tmp_path: Path) -> None:
         assert pull(source, store=store, quantization=quantization) == resolve(source, store) != kept
     assert pull(kept.name, store=store) == kept
     assert (kept / "model.safetensors").stat().st_size < (resolve(source, store) / "model.safetensors").stat().st_size
+
+
+def test_a_large_model_becomes_shards_that_are_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 50_000)
+    original, tensors = write_original("mixtral", tmp_path / "original")
+    source = str(write_family("mixtral", tmp_path / "m.gguf", tensors))
+    folder = pull(source, store=tmp_path / "store")
+    shards = sorted(path for path in folder.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert max(path.stat().st_size for path in shards) < 60_000
+    assert not (folder / "model.safetensors").exists()
+    verify(folder, deep=True)
+    pulled = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        assert torch.equal(pulled(IDS).logits, original(IDS).logits)
+        Case(folder, (2, 40)).assert_parity(select_kernels(torch.device("cpu"), torch.float32), num_shuffles=1)
 
 
 def test_a_file_with_other_linears_stays_bf16(tmp_path: Path) -> None:

@@ -143,9 +143,34 @@ def test_a_sharded_model_without_a_tokenizer_json_is_fetched_and_converted(tmp_p
     folder = tmp_path / "store" / "owner--name"
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "tokenizer.json", "tokenizer_config.json", MANIFEST, "model.safetensors.index.json",
-        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "weights-1.safetensors", "weights-2.safetensors",
     }  # fmt: skip
     assert any(path.endswith("vocab.json") for path in hub.asked)
+
+
+def test_a_model_that_brings_code_is_refused_before_its_weights_are_fetched(tmp_path: Path, hub: Hub) -> None:
+    config = {"model_type": "llama", "auto_map": {"AutoModel": "modeling.Evil"}}
+    (tmp_path / "published" / "config.json").write_text(json.dumps(config))
+    code, output = start(tmp_path, "owner/name", hub.url)
+    assert code == 1
+    assert "asks for code of its own ('auto_map')" in output
+    assert not any(path.endswith(".safetensors") for path in hub.asked)
+    assert not (tmp_path / "store" / "owner--name").exists()
+
+
+def test_a_model_of_pickles_alone_is_refused(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "published" / "model.safetensors").unlink()
+    code, output = start(tmp_path, "owner/name", hub.url)
+    assert code == 1
+    assert "there is neither model.safetensors nor model.safetensors.index.json" in output
+
+
+def test_an_index_cannot_ask_for_files_elsewhere(tmp_path: Path, hub: Hub) -> None:
+    index = json.dumps({"weight_map": {"a": "../../../etc/x.safetensors"}})
+    (tmp_path / "published" / "model.safetensors.index.json").write_text(index)
+    code, output = start(tmp_path, "owner/name", hub.url)
+    assert code == 1
+    assert "not a safetensors file beside it" in output
 
 
 def test_a_vocabulary_that_nobody_needs_is_not_fetched(tmp_path: Path, hub: Hub) -> None:
@@ -157,7 +182,7 @@ def test_a_vocabulary_that_nobody_needs_is_not_fetched(tmp_path: Path, hub: Hub)
 def shard(folder: Path) -> Path:
     """Cut the folder's two tensors into two files."""
     (folder / "model.safetensors").unlink()
-    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    names = {"a": "weights-1.safetensors", "b": "weights-2.safetensors"}
     for tensor, name in names.items():
         save_file({tensor: torch.zeros(2)}, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))

@@ -26,7 +26,7 @@ ENTRIES = [
 
 def test_one_file_is_hashed_on_the_way(tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    hashes = write_weights(tmp_path, ENTRIES, lambda *step: steps.append(step))
+    hashes = write_weights(tmp_path, ENTRIES, lambda *step: steps.append(step), 78)
 
     path = tmp_path / WEIGHTS
     found = load_file(path)
@@ -53,9 +53,9 @@ def test_large_weights_become_shards_with_an_index(tmp_path: Path) -> None:
 def test_values_that_are_not_as_many_as_promised_are_refused(tmp_path: Path, pieces: list[np.ndarray]) -> None:  # type: ignore[type-arg]
     entry = Entry("a", "F16", (2, 3), lambda: iter(pieces))
     with pytest.raises(StoreError, match=r"tensor 'a' of F16 \[2, 3\]: -?\d+ bytes are missing"):
-        write_weights(tmp_path, [entry], lambda done, total: None)
+        write_weights(tmp_path, [entry], lambda done, total: None, 78)
 
 
 def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="'a' comes twice"):
-        write_weights(tmp_path, [ENTRIES[0], *ENTRIES], lambda done, total: None)
+        write_weights(tmp_path, [ENTRIES[0], *ENTRIES], lambda done, total: None, 78)
