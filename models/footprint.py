@@ -16,7 +16,7 @@ _POSITION_ROWS_BEFORE_ZERO = 2  # of OPT's table; stored, never held
 _INT4_GROUP = 32
 _ANGLE_BYTES = 4  # rotary tables are float32
 _INT8_SCALE_BYTES = 4
-_INT4_SCALE_BYTES = 2
+_INT4_SCALE_BYTES = 4  # a float16 scale and offset; codes stored without offsets need half
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Share:
     table: int = 0
     vector: int = 0
     angles: int = 0
-    widths: frozenset[int] = frozenset()  # inputs of the linears in the model's format
+    ragged: int = 0  # of `linear`, those whose inputs here are not whole groups: int4 leaves them as they are
 
     def __add__(self, other: Share) -> Share:
         return Share(
@@ -78,12 +78,10 @@ class Share:
             self.table + other.table,
             self.vector + other.vector,
             self.angles + other.angles,
-            self.widths | other.widths,
+            self.ragged + other.ragged,
         )
 
     def __mul__(self, count: int) -> Share:
-        if not count:
-            return Share()
         return Share(
             count * self.linear,
             count * self.linear_outputs,
@@ -91,7 +89,7 @@ class Share:
             count * self.table,
             count * self.vector,
             count * self.angles,
-            self.widths,
+            count * self.ragged,
         )
 
     def linear_bytes(self, precision: Precision) -> int:
@@ -100,7 +98,9 @@ class Share:
         if precision.quantization == "int8":
             return int(plain + self.linear + self.linear_outputs * _INT8_SCALE_BYTES)
         if precision.quantization == "int4":
-            return int(plain + self.linear / 2 + self.linear // _INT4_GROUP * _INT4_SCALE_BYTES)
+            coded = self.linear - self.ragged
+            kept = (self.plain + self.ragged) * precision.linear
+            return int(kept + coded // 2 + coded // _INT4_GROUP * _INT4_SCALE_BYTES)
         return int(plain + self.linear * precision.linear)
 
     def num_bytes(self, precision: Precision) -> int:
@@ -229,15 +229,16 @@ def _block(config: ModelConfig, place: Place, heads: int, kv_heads: int, is_dens
     qkv = (heads + 2 * kv_heads) * size
     block = _linear(qkv, width, qkv if config.has_qkv_bias else 0)
     # Row-parallel results are summed over the ranks, so one of them adds the bias.
-    block += _linear(width, heads * size, width if config.has_output_bias and is_first else 0)
+    columns = range(place.tensor_rank * heads * size, (place.tensor_rank + 1) * heads * size)
+    block += _linear(width, columns, width if config.has_output_bias and is_first else 0)
     block += _norm(config) * _family(config).norms_per_block
     if config.has_head_norm:
         block += Share(vector=2 * size)
     if not is_dense and config.experts is not None:
         router = Share(plain=config.experts.num_experts * width)
         return block + router + _expert(config) * num_experts_of_rank(config, place)
-    inner = len(_part(config.intermediate_size, place.tensor_rank, place.tensor_size))
-    up = 2 * inner if _family(config).is_gated else inner
+    inner = _part(config.intermediate_size, place.tensor_rank, place.tensor_size)
+    up = (2 if _family(config).is_gated else 1) * len(inner)
     block += _linear(up, width, up if config.has_mlp_bias else 0)
     return block + _linear(width, inner, width if config.has_mlp_bias and is_first else 0)
 
@@ -250,8 +251,12 @@ def _expert(config: ModelConfig) -> Share:
     return _linear(2 * inner, config.hidden_size) + _linear(config.hidden_size, inner)
 
 
-def _linear(outputs: int, inputs: int, num_biases: int = 0) -> Share:
-    return Share(linear=outputs * inputs, linear_outputs=outputs, vector=num_biases, widths=frozenset({inputs}))
+def _linear(outputs: int, inputs: int | range, num_biases: int = 0) -> Share:
+    """inputs: those of the whole weight that this rank has; an int stands for all of them."""
+    inputs = range(inputs) if isinstance(inputs, int) else inputs
+    weights = outputs * len(inputs)
+    is_whole = inputs.start % _INT4_GROUP == 0 == inputs.stop % _INT4_GROUP
+    return Share(linear=weights, linear_outputs=outputs, vector=num_biases, ragged=0 if is_whole else weights)
 
 
 def _norm(config: ModelConfig) -> Share:

@@ -46,6 +46,8 @@ def _demand(model: str, flags: Flags, store: Path) -> Demand:
     config, stored = find_config(model, store)
     dtype = _choice(flags, "dtype", tuple(DTYPE_BYTES), "bfloat16")
     quantization = _choice(flags, "quantization", ("auto", *QUANTIZATIONS), "auto")
+    if stored == "int4" and quantization not in ("auto", "int4"):
+        raise PlanError(f"--quantization must be auto or int4: the weights of {model} are stored in int4")
     return Demand(
         name=model,
         config=config,
@@ -53,6 +55,7 @@ def _demand(model: str, flags: Flags, store: Path) -> Demand:
         max_num_seqs=_count(flags, "max_num_seqs", 32, 1 << 16),
         max_num_batched_tokens=_count(flags, "max_num_batched_tokens", 256, 1 << 20),
         dtype=dtype,
+        has_stored_codes=stored == "int4",
         quantization=stored if quantization == "auto" else quantization,
         kv_dtype=_choice(flags, "kv_dtype", ("auto", *DTYPE_BYTES), "auto").replace("auto", dtype),
     )

@@ -30,6 +30,7 @@ class Demand:
     dtype: str = "bfloat16"
     quantization: str = "none"
     kv_dtype: str = "bfloat16"
+    has_stored_codes: bool = False  # the checkpoint's linears are int4 already
 
     def __post_init__(self) -> None:
         limit = self.config.max_position_embeddings

@@ -14,7 +14,6 @@ USABLE = 0.9
 """Part of a device's memory that is planned with; the rest is for fragmentation and what nobody foresees."""
 RUNTIME_BYTES = {False: 1 << 30, True: 400 << 20}
 """Per rank, by whether it is a CPU: the process with torch and its context on the device."""
-_INT4_GROUP = 32
 _LOGIT_COPIES = 2  # float32 logits and what the sampler makes of them
 
 
@@ -116,10 +115,8 @@ def _judge(demand: Demand, machine: Machine, tensor_size: int, pipeline_size: in
         shares = {place: share(demand.config, place, demand.context) for place in places}
     except ModelError as error:
         return refuse(str(error))
-    if demand.quantization == "int4":
-        odd = sorted(width for held in shares.values() for width in held.widths if width % _INT4_GROUP)
-        if odd:
-            return refuse(f"int4 has groups of {_INT4_GROUP} inputs; a rank would hold {odd[0]}")
+    if demand.has_stored_codes and any(held.ragged for held in shares.values()):
+        return refuse("the checkpoint's int4 codes come in groups of 32 inputs, which this would cut")
     ranks = [_memory(demand, machine, place, held) for place, held in shares.items()]
     tightest = min(ranks, key=lambda rank: (rank.num_blocks, rank.free))
     if tightest.free < 0:

@@ -86,10 +86,10 @@ def _assumptions(demand: Demand, machine: Machine) -> Iterator[str]:
         yield f"The engine keeps its KV cache in the type of the weights: {demand.kv_dtype} is a what-if."
     if not accelerator.is_cpu:
         yield "The CUDA path of this version is not measured: these are limits of the hardware, not of the engine."
-    if not accelerator.is_cpu and demand.quantization != "none":
-        yield f"This version multiplies {demand.quantization} on CPUs only: planned as if GPUs did, too."
     if not accelerator.is_cpu and demand.quantization == "int4":
         yield "int4 saves memory reads, not operations: on a GPU it multiplies at the rate of bfloat16."
+    if demand.quantization == "int4":
+        yield "int4 has a scale and an offset per 32 inputs; weights whose inputs are no whole groups stay as they are."
     if demand.name in NOTES:
         yield f"{NOTES[demand.name]}."
 

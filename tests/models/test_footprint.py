@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,11 +49,19 @@ def config_of(name: str, **overrides: Any) -> ModelConfig:
     return parse_config(Fields({**SHAPES[name], **overrides}))
 
 
-def on_meta(config: ModelConfig, place: Place, reader: RandomWeights | None = None) -> Any:
+def on_meta(config: ModelConfig, place: Place, reader: RandomWeights | None = None, quantization: str = "none") -> Any:
     group = Group(place.tensor_rank, place.tensor_size, Elsewhere() if place.tensor_size > 1 else None)
     stages = Stages(place.stage, place.pipeline_size)
     reader = reader or RandomWeights()
-    return build_model(config, reader, device="meta", group=group, stages=stages, max_model_len=MAX_MODEL_LEN)
+    return build_model(
+        config,
+        reader,
+        device="meta",
+        group=group,
+        stages=stages,
+        quantization=quantization,
+        max_model_len=MAX_MODEL_LEN,
+    )
 
 
 def tensors_of(part: object, seen: set[int]) -> Iterator[torch.Tensor]:
@@ -82,9 +91,10 @@ def ranks_of(tensor_size: int, pipeline_size: int) -> list[Place]:
     return [Place(tensor_size, pipeline_size, rank, stage) for stage in range(pipeline_size) for rank in ranks]
 
 
-def assert_accounted(config: ModelConfig, place: Place) -> None:
-    model = on_meta(config, place)
-    assert share(config, place, MAX_MODEL_LEN).num_bytes(BF16) == allocated_bytes(model), place
+def assert_accounted(config: ModelConfig, place: Place, quantization: str = "none") -> None:
+    model = on_meta(config, place, quantization=quantization)
+    precision = dataclasses.replace(BF16, quantization=quantization)
+    assert share(config, place, MAX_MODEL_LEN).num_bytes(precision) == allocated_bytes(model), place
 
 
 def test_gpt3_has_its_parameters() -> None:
@@ -112,6 +122,13 @@ def test_shards_of_stages(name: str) -> None:
         assert_accounted(config_of(name), place)
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["gpt3-175b", "llama-3.1-70b", "qwen3-235b-a22b", "gemma-3-27b"])
+def test_shards_of_quantised_models(name: str, quantization: str) -> None:
+    for place in (Place(4, 1, 3, 0), Place(16, 2, 15, 1)):
+        assert_accounted(config_of(name), place, quantization)
+
+
 ODD: dict[str, dict[str, Any]] = {
     # Uneven inner sizes, vocabularies, layers and experts; a projection; no norm weights.
     "opt-350m": {"num_hidden_layers": 5, "vocab_size": 131, "ffn_dim": 301},
@@ -125,13 +142,14 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 @pytest.mark.parametrize(("tensor_size", "pipeline_size"), [(1, 1), (4, 1), (2, 3)])
 @pytest.mark.parametrize("name", ODD)
-def test_odd_shapes(name: str, tensor_size: int, pipeline_size: int) -> None:
+def test_odd_shapes(name: str, tensor_size: int, pipeline_size: int, quantization: str) -> None:
     config = config_of(name, **ODD[name])
     for stage in range(pipeline_size):
         for rank in range(tensor_size):
-            assert_accounted(config, Place(tensor_size, pipeline_size, rank, stage))
+            assert_accounted(config, Place(tensor_size, pipeline_size, rank, stage), quantization)
 
 
 @pytest.mark.parametrize("name", ODD)
