@@ -59,7 +59,8 @@ def serve(
         str | None, _flag("KV cache of each rank, e.g. 512MiB. [from free memory]", "SIZE")
     ] = None,
     weight_cache: Annotated[
-        str | None, _flag("Where repacked weights are kept for the next start. [in the store]", "DIR|off")
+        str | None,
+        _flag("Where packed weights are kept for the next start. [in the store, for int8 and int4]", "DIR|off"),
     ] = None,
     seed: Annotated[str | None, _flag("Seed of the engine. [0]", "N")] = None,
     config: Annotated[

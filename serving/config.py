@@ -76,7 +76,7 @@ class ServeSettings:
     gateways: int = 1
     drain_timeout_s: float = 30.0  # how long a replica that leaves waits for its rows to move (C19)
     store: str = ""  # where `argosy pull` keeps models; "" = the user's cache folder
-    weight_cache: str = ""  # where packed weights are kept for the next start; "" = in the store, "off" = nowhere
+    weight_cache: str = ""  # folder of packed weights for the next start | off; "" = in the store, if rounded at load
     engine: EngineSettings = dataclasses.field(
         default_factory=lambda: EngineSettings(model_dir="", served_model_name="")
     )

@@ -358,9 +358,10 @@ class Supervisor:
 
 
 def _weight_cache_dir(settings: ServeSettings) -> str:
-    if settings.weight_cache == "off":
-        return ""
-    return settings.weight_cache or str(Path(settings.store) / ".packed")
+    """Unless asked for, only what is rounded while it loads is kept: the rest packs as fast as a disk reads it."""
+    if settings.weight_cache:
+        return "" if settings.weight_cache == "off" else settings.weight_cache
+    return str(Path(settings.store) / ".packed") if settings.engine.quantization in ("int8", "int4") else ""
 
 
 async def _in_thread(function: Callable[[], Path]) -> Path:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         for _ in range(options.repeat):
             for runtime in options.runtime:  # interleaved
                 if options.cold:
-                    drop_from_cache(folder)
+                    drop_from_cache(weight_files(folder))
                 starts[runtime].append(start_and_end(runtime, options.model, options.timeout))
     except (StartFailed, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -155,9 +155,9 @@ def floor(folder: Path, repeat: int) -> tuple[float, int]:
     return min(imports) + min(reads), sum(path.stat().st_size for path in files)
 
 
-def drop_from_cache(folder: Path) -> None:
-    """Ask the kernel to forget the weights' pages."""
-    for path in weight_files(folder):
+def drop_from_cache(files: Sequence[Path]) -> None:
+    """Ask the kernel to forget the files' pages."""
+    for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)  # it keeps dirty pages
