@@ -21,13 +21,13 @@ _ENDS = ("eos", "eot", "eom")  # of the sequence, of a turn, of a message to a t
 
 
 def has_int4_linears(source: Path) -> bool:
-    """Whether every linear of the file's layers is in 4 bits, so that `keep_int4` is possible.
+    """Whether linears of the file's layers are in 4 bits, so that `keep_int4` keeps something.
 
     Reads the header only. Raises StoreError as `convert_gguf` does.
     """
     file = read_gguf(source)
     targets = find_targets(file, *read_config(file))
-    return all(target.source.format in INT4_FORMATS for target in targets if target.is_linear)
+    return any(target.is_linear and target.source.format in INT4_FORMATS for target in targets)
 
 
 def convert_gguf(
@@ -35,7 +35,8 @@ def convert_gguf(
 ) -> dict[str, str]:
     """Write config, generation config, tokenizer, chat template and weights into the empty `folder`.
 
-    Weights are rounded to bf16; with `keep_int4` 4-bit linears stay what they are (see `gguf_weights`).
+    Weights are rounded to bf16; with `keep_int4` those linears that are in 4 bits stay what they are (see
+    `gguf_weights`).
     Returns the sha256 of the files that were hashed on the way. progress: (bytes written, bytes in all).
     Raises StoreError naming the metadata or tensor that cannot be converted.
     """

@@ -49,8 +49,11 @@ def resolve(reference: str, store: Path, quantization: str = "auto") -> Path:
     match source:
         case LocalFolder(path):
             return store / folder_name(path) if needs_tokenizer(path) else path
-        case HubSource(name=name) | StoredFolder(name=name):
+        case HubSource(name=name):
             return store / name
+        case StoredFolder(name=name):
+            kept = store / f"{name}{INT4_SUFFIX}"
+            return kept if quantization == "int4" and (kept / MANIFEST).is_file() else store / name
         case PackagedGguf() | GgufSource():
             return _gguf_target(source, store, quantization)
 
@@ -58,8 +61,8 @@ def resolve(reference: str, store: Path, quantization: str = "auto") -> Path:
 def pull(reference: str, *, store: Path, quantization: str = "auto", progress: Progress | None = None) -> Path:
     """The model folder (C12) of an alias, a local folder, a GGUF file or a hub id, ready to be loaded.
 
-    quantization: of the linears. "int4" keeps those of a GGUF file as they are when all of them are in 4 bits, in a
-    folder of its own beside the bf16 one. Everything else is for the engine to do when it loads.
+    quantization: of the linears. "int4" keeps those of a GGUF file that are in 4 bits as they are, in a folder of its
+    own beside the bf16 one. Everything else is for the engine to do when it loads.
 
     A local folder is validated and used in place, unless its tokenizer has to be converted. Everything else is written
     once to `store` and only verified (milliseconds) from then on; a stored folder that fails its verification is made

@@ -94,15 +94,25 @@ def write_original(name: str, folder: Path) -> tuple[torch.nn.Module, dict[str, 
     return model.eval(), load_file(folder / "model.safetensors")
 
 
-def write_family(name: str, path: Path, tensors: dict[str, torch.Tensor], *, kind: str = "BF16") -> Path:
-    """The tensors, under Hugging Face's names, as a GGUF file of the family; matrices in the format `kind`."""
+def write_family(
+    name: str,
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    *,
+    kind: str = "BF16",
+    kinds: dict[str, str] | None = None,
+) -> Path:
+    """The tensors, under Hugging Face's names, as a GGUF file of the family.
+
+    kind: format of the matrices; kinds: of single tensors, by ggml's names.
+    """
     config = CONFIGS[name]
     architecture = {"mistral": "llama", "mixtral": "llama"}.get(config.model_type, name.split(maxsplit=1)[0])
     stored = _converted(name, config, {key: value.float().numpy() for key, value in tensors.items()})
     if "copied head" in name:
         stored["output.weight"] = stored["token_embd.weight"]
     pairs = {f"{architecture}.{key}": value for key, value in _metadata(architecture, config).items()}
-    return write_gguf(path, stored, architecture=architecture, metadata=pairs, kind=kind)
+    return write_gguf(path, stored, architecture=architecture, metadata=pairs, kind=kind, kinds=kinds)
 
 
 def _converted(name: str, config: PreTrainedConfig, tensors: dict[str, Float]) -> dict[str, Float]:

@@ -89,7 +89,10 @@ def test_both_weight_formats_live_side_by_side(tmp_path: Path) -> None:
     assert kept.name == f"{resolve(source, store).name}-int4"
     for quantization in ("auto", "none", "int8"):
         assert pull(source, store=store, quantization=quantization) == resolve(source, store) != kept
-    assert pull(kept.name, store=store) == kept
+    assert pull(kept.name, store=store) == pull(kept.name, store=store, quantization="int4") == kept
+    plain = resolve(source, store).name
+    assert pull(plain, store=store) == store / plain
+    assert pull(plain, store=store, quantization="int4") == kept  # by its name in the store, too
     assert (kept / "model.safetensors").stat().st_size < (resolve(source, store) / "model.safetensors").stat().st_size
 
 
@@ -107,6 +110,20 @@ def test_a_large_model_becomes_shards_that_are_served(tmp_path: Path, monkeypatc
     with torch.inference_mode():
         assert torch.equal(pulled(IDS).logits, original(IDS).logits)
         Case(folder, (2, 40)).assert_parity(select_kernels(torch.device("cpu"), torch.float32), num_shuffles=1)
+
+
+def test_of_a_mixed_file_those_in_four_bits_are_kept(tmp_path: Path) -> None:
+    _, tensors = write_original("llama", tmp_path / "original")
+    other = {"blk.0.attn_v.weight": "Q8_0", "blk.1.ffn_down.weight": "Q5_1", "blk.1.ffn_up.weight": "Q4_0"}
+    source = str(write_family("llama", tmp_path / "m.gguf", tensors, kind="Q4_1", kinds=other))
+    kept = load_file(pull(source, store=tmp_path / "store", quantization="int4") / "model.safetensors")
+    wide = load_file(pull(source, store=tmp_path / "store") / "model.safetensors")
+    for name in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
+        assert torch.equal(kept[f"{name}.weight"], wide[f"{name}.weight"])
+        assert f"{name}.codes" not in kept
+    for name, has_offsets in (("model.layers.1.mlp.up_proj", False), ("model.layers.0.self_attn.k_proj", True)):
+        assert f"{name}.codes" in kept
+        assert (f"{name}.offsets" in kept) == has_offsets
 
 
 def test_a_file_with_other_linears_stays_bf16(tmp_path: Path) -> None:
