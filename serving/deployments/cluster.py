@@ -27,7 +27,7 @@ from serving.deployments.placement import cpu_share, room_for
 OBJECT_STORE_BYTES: Final = 100 << 20  # no tensor and no token ever passes through it
 WATCH_STARTING_S: Final = 0.1
 WATCH_STEADY_S: Final = 1.0
-PLACEMENT_S: Final = 20.0
+PLACEMENT_S: Final = 20.0  # a placement group is pending for moments whenever a gang starts
 
 
 def ray_environment(session: Path, token_file: Path) -> dict[str, str]:
@@ -131,7 +131,7 @@ class RayRuntime:
         self._num_reports = 0
         self._members: set[str] = set()
         self._asked_s = 0.0
-        self._deployed_s = 0.0
+        self._placed_s = 0.0  # when no gang was seen waiting for a place
 
     def run(self) -> None:
         """Returns when told to stop, with the cluster gone."""
@@ -175,7 +175,7 @@ class RayRuntime:
         )
         share = cpu_share(self._settings.cores, order.replicas, order.engine)
         deploy(serve_config(arguments, num_replicas=order.replicas, num_cpus=share, max_surge_percent=surge))
-        self._deployed_s = time.monotonic()
+        self._placed_s = time.monotonic()
 
     def _watch(self) -> None:
         listing = self._fetch("/directory?since=-1")
@@ -206,8 +206,11 @@ class RayRuntime:
             return
         self._asked_s = now
         problem = deploy_failure(MODEL_APP)
-        if not problem and now - self._deployed_s > PLACEMENT_S:
-            problem = waiting_gang()
+        waits = waiting_gang()
+        if not waits:
+            self._placed_s = now
+        elif now - self._placed_s > PLACEMENT_S:
+            problem = problem or waits
         if problem:
             self._tell(Failed(problem))
 
