@@ -147,7 +147,7 @@ def _say(console: Console, text: str) -> None:
 
 def _table(title: str, names: tuple[str, ...], left: int = 0) -> Table:
     """Numbers to the right; the last `left` columns are text."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     for i, name in enumerate(names):
         is_text = i >= len(names) - left
         table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)

@@ -46,6 +46,13 @@ def _smollm2(layers: int, width: int, heads: int, kv_heads: int, inner: int) -> 
     return _llama(layers, width, heads, kv_heads, inner, 49152, **longest, tie_word_embeddings=True)
 
 
+def _qwen2(
+    layers: int, width: int, heads: int, kv_heads: int, inner: int, vocab: int, *, is_tied: bool = False
+) -> Config:
+    others = {"max_position_embeddings": 32768, "tie_word_embeddings": is_tied}
+    return {**_llama(layers, width, heads, kv_heads, inner, vocab, **others), "model_type": "qwen2"}
+
+
 def _qwen3(layers: int, width: int, heads: int, kv_heads: int, inner: int, *, is_tied: bool = False) -> dict[str, Any]:
     others = {"head_dim": 128, "max_position_embeddings": 40960, "tie_word_embeddings": is_tied}
     return {**_llama(layers, width, heads, kv_heads, inner, 151936, **others), "model_type": "qwen3"}
@@ -109,6 +116,9 @@ SHAPES: dict[str, Config] = {
     "mistral-7b": {**_llama(32, 4096, 32, 8, 14336, 32768, max_position_embeddings=32768), "model_type": "mistral"},
     "mixtral-8x7b": _mixtral(32, 4096, 32, 8, 14336, 32768),
     "mixtral-8x22b": _mixtral(56, 6144, 48, 8, 16384, 65536),
+    "qwen2.5-0.5b": _qwen2(24, 896, 14, 2, 4864, 151936, is_tied=True),
+    "qwen2.5-7b": _qwen2(28, 3584, 28, 4, 18944, 152064),
+    "qwen2.5-72b": _qwen2(80, 8192, 64, 8, 29568, 152064),
     "qwen3-0.6b": _qwen3(28, 1024, 16, 8, 3072, is_tied=True),
     "qwen3-1.7b": _qwen3(28, 2048, 16, 8, 6144, is_tied=True),
     "qwen3-4b": _qwen3(36, 2560, 32, 8, 9728, is_tied=True),

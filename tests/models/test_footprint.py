@@ -17,7 +17,7 @@ from models.ops.kernels import PackedLinear
 from models.ops.select import select_kernels
 from models.parallel import Group, Stages
 from models.random_weights import RandomWeights
-from models.registry import build_model, parse_config
+from models.registry import ARCHITECTURES, build_model, parse_config
 from serving.planning.shapes import SHAPES
 from tests.models.paged import inference_on_one_thread
 
@@ -139,6 +139,7 @@ ODD: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {"num_hidden_layers": 3, "num_local_experts": 7, "vocab_size": 3},
     "qwen3-30b-a3b": {"num_hidden_layers": 5, "num_experts": 9, "mlp_only_layers": [0, 3], "intermediate_size": 97},
     "gemma-3-1b": {"num_hidden_layers": 5, "attention_bias": True},
+    "qwen2.5-0.5b": {"num_hidden_layers": 3, "num_attention_heads": 8},
 }
 
 
@@ -159,6 +160,10 @@ def test_parameters_of_odd_shapes(name: str) -> None:
     assert count_parameters(config).total == reader.num_parameters
 
 
+def test_every_architecture_has_an_account() -> None:
+    assert set(ARCHITECTURES) == {config["model_type"] for config in SHAPES.values()}
+
+
 PUBLISHED = {
     "gpt2": 124_439_808,
     "opt-350m": 331_196_416,
@@ -169,6 +174,8 @@ PUBLISHED = {
     "llama-3.1-405b": 405_853_388_800,
     "mistral-7b": 7_248_023_552,
     "mixtral-8x7b": 46_702_792_704,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
     "qwen3-0.6b": 596_049_920,
     "qwen3-8b": 8_190_735_360,
     "qwen3-30b-a3b": 30_532_122_624,

@@ -21,9 +21,9 @@ from serving.planning.shapes import SHAPES
 from tests.tiny import tiny_llama
 
 
-def plan(model: str | None, store: Path = Path("/nowhere"), **flags: str) -> tuple[int, str]:
+def plan(model: str | None, store: Path = Path("/nowhere"), width: int = 120, **flags: str) -> tuple[int, str]:
     text = io.StringIO()
-    code = run(model, flags, store, Console(file=text, width=120))
+    code = run(model, flags, store, Console(file=text, width=width))
     return code, text.getvalue()
 
 
@@ -81,6 +81,13 @@ def test_tables_say_what_json_says() -> None:
         assert assumption in text
     for refusal in found["refused"]:
         assert refusal["reason"][:40] in text
+
+
+@pytest.mark.parametrize("name", ["gpt3-175b", "qwen3-235b-a22b", "smollm2-135m"])
+def test_tables_fit_into_eighty_columns(name: str) -> None:
+    for flags in ({"gpus": "16", "gpu": "h200-141gb"}, {"gpus": "1024", "max_num_seqs": "512", "context": "100"}):
+        assert "…" not in plan(name, width=80, **flags)[1]
+    assert "…" not in plan(None, width=80)[1]
 
 
 def test_everything_that_is_assumed_is_said() -> None:
