@@ -149,7 +149,7 @@ class ReplicaServer:
     def health(self) -> tuple[bool, str]:
         """Whether the step loop makes progress, and if not, why (C13). Any thread may ask."""
         if self.failure is not None:
-            return False, f"the step loop failed: {type(self.failure).__name__}: {self.failure}"
+            return False, f"the replica failed: {type(self.failure).__name__}: {self.failure}"
         if self._engine is None:
             return True, "loading"
         age_s, core = self.core.step_age_s, self.core
@@ -378,7 +378,7 @@ class ReplicaServer:
     def _fail(self, failure: BaseException) -> None:
         """In the thread that learns it: it is over. Closed connections tell the gateways at once."""
         self.failure = self.failure or failure
-        log.critical("the step loop failed", exc_info=failure)
+        log.critical("the replica failed", exc_info=failure)
         if self._exits_on_failure:
             os._exit(70)
         self._post(self._close_connections)

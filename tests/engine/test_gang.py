@@ -79,7 +79,7 @@ def test_the_death_of_a_rank_ends_the_gang_at_once(folder: Path) -> None:
         begun = time.monotonic()
         os.kill(ready.pids[1], signal.SIGKILL)
         assert guard.is_over.wait(5)
-        assert time.monotonic() - begun < 1.0
+        assert time.monotonic() - begun < gang_module.SILENCE_S
         assert re.fullmatch(rf"rank 2 \(pid {ready.pids[1]} on .+\) is gone", guard.why)
         until(lambda: not any(map(is_alive, ready.pids)))
 
@@ -90,7 +90,7 @@ def test_a_stopped_rank_is_silent_and_is_killed(folder: Path) -> None:
         begun = time.monotonic()
         os.kill(ready.pids[0], signal.SIGSTOP)
         assert guard.is_over.wait(10)
-        assert 1.0 < time.monotonic() - begun < 4.0
+        assert 1.0 < time.monotonic() - begun < 6.0
         assert re.match(rf"rank 1 \(pid {ready.pids[0]} on .+\) has been silent for", guard.why)
         until(lambda: not is_alive(ready.pids[0]))
 

@@ -147,7 +147,8 @@ def test_fewer_kv_heads_than_ranks_and_a_layer_per_stage(folder: Path, tp: int, 
         assert [seen.tokens for seen in got] == [seen.tokens for seen in wanted]
 
 
-def test_bf16_gangs_are_exact_too(folder: Path, jobs: list[Job]) -> None:
-    with gang_of(folder, 2, 1, dtype="bfloat16") as gang:
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_gangs_are_exact_in_other_formats_too(folder: Path, jobs: list[Job], quantization: str) -> None:
+    with gang_of(folder, 2, 2, dtype="bfloat16", quantization=quantization) as gang:
         together = run_together(Engine(gang.worker, gang=gang.gang, budget=33), jobs)
         assert_same(together, alone(gang.worker, jobs, gang.gang))
