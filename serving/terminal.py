@@ -69,7 +69,8 @@ class Terminal:
         if self._is_ready:
             return
         self._loaded[who] = done_bytes, seconds
-        if self._progress is None:
+        is_late = done_bytes >= total_bytes and who not in self._loads  # over Ray, news may overtake each other
+        if self._progress is None or is_late:
             return
         if who not in self._loads:
             self._loads[who] = self._progress.add_task(f"{escape(who)}: weights", total=total_bytes, detail="")

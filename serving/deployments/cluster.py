@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from serving import config
-from serving.control import Deploy, Event, Failed, Note, Phase, Ready, RuntimeEnd, RuntimeSettings
+from serving.control import Deploy, Event, Failed, Loading, Note, Phase, Ready, RuntimeEnd, RuntimeSettings
 from serving.deployments.document import MODEL_APP, ReplicaArguments, serve_config
 from serving.deployments.placement import cpu_share, room_for
 
@@ -217,7 +217,12 @@ class RayRuntime:
     def _hear(self, report: dict[str, Any]) -> None:
         if report["failure"]:
             self._tell(Failed(report["failure"]))
-        elif not self._was_ready:
+        elif self._was_ready:
+            return
+        elif report["total_bytes"]:
+            who = f"replica {report['replica']}"
+            self._tell(Loading(who, report["done_bytes"], report["total_bytes"], report["seconds"]))
+        else:
             self._tell(Phase(f"replica {report['replica']}", report["phase"], report["seconds"]))
 
     def _fetch(self, path: str) -> Any:

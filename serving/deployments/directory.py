@@ -41,13 +41,15 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """A phase of a replica's cold start, or why there was no next one."""
+    """A phase of a replica's cold start, why there was no next one, or how far its weights are."""
 
     number: int
     replica: str
     phase: str
     seconds: float = 0.0
     failure: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0  # above 0 while weights are read
 
 
 class Directory:
@@ -85,6 +87,21 @@ class Directory:
         self._reports.append(
             Report(number=self._num_reports, replica=replica, phase=phase, seconds=seconds, failure=failure)
         )
+
+    async def report_load(self, replica: str, done_bytes: int, total_bytes: int, seconds: float) -> None:
+        """A replica tells how far its weights are; only the latest such news of each is kept."""
+        self._num_reports += 1
+        for old in [report for report in self._reports if report.replica == replica and report.total_bytes]:
+            self._reports.remove(old)
+        latest = Report(
+            number=self._num_reports,
+            replica=replica,
+            phase="weights",
+            seconds=seconds,
+            done_bytes=done_bytes,
+            total_bytes=total_bytes,
+        )
+        self._reports.append(latest)
 
     async def __call__(self, request: Request) -> Response:
         from starlette.responses import Response

@@ -45,9 +45,13 @@ class Replica:
         def on_phase(name: str, seconds: float) -> None:
             asyncio.run_coroutine_threadsafe(self._tell("report", self._id, name, seconds), loop)
 
+        def on_load(done_bytes: int, total_bytes: int, seconds: float) -> None:
+            news = self._tell("report_load", self._id, done_bytes, total_bytes, seconds)
+            asyncio.run_coroutine_threadsafe(news, loop)
+
         try:
             # In a thread: this loop answers Serve's probes while the weights are read.
-            self._server = await asyncio.to_thread(self._load, on_phase)
+            self._server = await asyncio.to_thread(self._load, on_phase, on_load)
         except (ModelLoadError, SettingsError, MemoryError, ImportError) as error:
             text = str(error) or "out of memory while loading the model"
             await self._tell("report", self._id, "load", 0.0, text)
@@ -56,7 +60,7 @@ class Replica:
         await self._renew_once()
         self._renewal = asyncio.create_task(self._renew())
 
-    def _load(self, on_phase: Any) -> Any:
+    def _load(self, on_phase: Any, on_load: Any) -> Any:
         arguments = self._arguments
         if num_ranks(arguments.engine) > 1:
             self._ranks = self._start_ranks()  # first: they import torch while this process does
@@ -73,6 +77,7 @@ class Replica:
             secret=Path(arguments.secret_file).read_bytes(),
             listen=arguments.listen,
             on_phase=on_phase,
+            on_load=on_load,
             ranks=sockets,
         )
         server.start()

@@ -109,6 +109,23 @@ def test_a_restarted_directory_repeats_no_version() -> None:
     run(scenario())
 
 
+def test_only_the_latest_news_of_a_load_is_kept() -> None:
+    """It comes twice a second, for minutes perhaps, and must not drive out the phases."""
+
+    async def scenario() -> None:
+        directory = Directory()
+        await directory.report("a", "ranks", 1.0)
+        for done in range(1000):
+            await directory.report_load("a", done, 999, done / 10)
+            await directory.report_load("b", done, 999, done / 10)
+        await directory.report("a", "weights", 100.0)
+        kept = [(report.replica, report.phase, report.done_bytes) for report in directory._reports]
+        assert kept == [("a", "ranks", 0), ("a", "weights", 999), ("b", "weights", 999), ("a", "weights", 0)]
+        assert [report.number for report in directory._reports] == [1, 2000, 2001, 2002]
+
+    run(scenario())
+
+
 def test_entries_and_reports_are_bounded_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory_module, "MAX_ENTRIES", 2)
 
