@@ -119,3 +119,19 @@ def test_every_socket_is_on_loopback(pool: Pool, kind: str) -> None:
     assert {connection.laddr.ip for connection in connections} <= {"127.0.0.1", "::ffff:127.0.0.1"}
     listening = [connection for connection in connections if connection.status == psutil.CONN_LISTEN]
     assert len(listening) >= (5 if kind == "gloo" else 1)  # the store, and a gloo device per rank
+
+
+def reduce_late(ranks: Ranks, pause_s: float) -> float:
+    """CPU time of this process from before the pause until the reduction is done."""
+    begun = time.process_time()
+    time.sleep(pause_s)
+    reduce_rows(ranks)
+    return time.process_time() - begun
+
+
+def test_a_long_wait_leaves_the_core_to_others(pool: Pool) -> None:
+    """Two ranks on two cores must not starve the gateway beside them."""
+    gang = pool.connect("shared-memory", tp=2)
+    for process, pause_s in zip(gang.ranks, [0.0, 1.0], strict=True):
+        process.start(reduce_late, (pause_s,))
+    assert max(process.result() for process in gang.ranks) < 0.2
