@@ -120,7 +120,10 @@ def _exactly(sock: socket.socket, count: int) -> bytearray:
     data = bytearray(count)
     view = memoryview(data)
     while view:
-        received = sock.recv_into(view)
+        try:
+            received = sock.recv_into(view)
+        except ConnectionError:  # it was killed before it had read everything
+            received = 0
         if received == 0:
             raise EOFError("rank 0 closed the connection")
         view = view[received:]

@@ -60,6 +60,15 @@ def test_messages_and_plans_of_rank_0_arrive_in_order_and_then_the_end() -> None
             receive(theirs)
 
 
+def test_a_rank_0_that_died_without_reading_is_at_its_end_too() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(b"a beat that nobody reads")
+        ours.close()
+        with pytest.raises(EOFError):
+            receive(theirs)
+
+
 @pytest.mark.parametrize(
     "data",
     [
