@@ -23,12 +23,23 @@ MAX_EXPERTS = 1 << 12
 GEMMA3_PATTERN = 6  # five local layers, then a global one
 GEMMA3_27B_LAYERS = 62  # the one Gemma 3 whose queries are scaled by the width of a head's share, not of a head
 
-# Keys that change what is computed in a way that no architecture here does, and the value that changes nothing.
-_FOREIGN = {
-    "attention.scale": 0.0, "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0, "attn_logit_softcapping": 0.0,
-    "embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "expert_weights_scale": 1.0,
-    "expert_shared_count": 0, "expert_group_count": 0, "leading_dense_block_count": 0, "nextn_predict_layers": 0,
-}  # fmt: skip
+# Keys that change what is computed in a way that no architecture here does, and the values that change nothing.
+_FOREIGN: dict[str, tuple[bool | int | float, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (1.0, 0.0),
+    "expert_gating_func": (1, 0),  # softmax, or not said
+    "expert_group_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (1.0, 0.0),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (1.0, 0.0),
+    "nextn_predict_layers": (0,),
+    "residual_scale": (1.0, 0.0),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,8 +130,8 @@ def read_config(file: GgufFile) -> tuple[dict[str, Any], Sizes]:
     if build is None:
         raise metadata.error(f"the architecture {metadata.architecture!r} is not supported ({', '.join(CONFIGS)} are)")
     for key, neutral in _FOREIGN.items():
-        value = metadata.get(key, float if isinstance(neutral, float) else int, neutral)
-        if value != neutral:
+        value = metadata.get(key, type(neutral[0]), neutral[0])
+        if value not in neutral:
             raise metadata.error(f"metadata '{metadata.architecture}.{key}' is {value}, which is not supported")
     sizes = metadata.sizes()
     config = build(metadata, sizes)
@@ -216,7 +227,7 @@ def _qwen3_moe(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "moe_intermediate_size": sizes.expert_inner,
-        "norm_topk_prob": True,  # as llama.cpp computes it; there is no key
+        "norm_topk_prob": metadata.get("expert_weights_norm", bool, True),  # llama.cpp takes it for granted
         "num_experts": sizes.experts,
         "num_experts_per_tok": metadata.size("expert_used_count", limit=sizes.experts),
         "use_sliding_window": False,

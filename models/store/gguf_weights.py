@@ -11,7 +11,7 @@ Hugging Face's layout transposes the weight (GPT-2), for the groups run along th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -22,8 +22,8 @@ from models.store.gguf_file import FORMATS, Bytes, Float, GgufTensor, Rows
 from models.store.gguf_tensors import Target
 from models.store.safetensors_writer import Entry
 
-STRIP_VALUES = 4 << 20
-"""Values that are converted at once, so that memory does not grow with the size of a tensor."""
+STRIP_VALUES = 2 << 20
+"""Values that a thread converts at once, so that memory does not grow with the size of a tensor."""
 
 INT4_FORMATS = ("Q4_0", "Q4_1")
 GROUP_SIZE = 32
@@ -31,7 +31,8 @@ GROUP_SIZE = 32
 
 def bfloat16_entry(target: Target) -> Entry:
     """The whole tensor, rounded to bf16."""
-    return Entry(target.name, "BF16", target.shape, partial(_read_bfloat16, target))
+    pieces = [partial(_bfloat16_piece, target, values) for values in _value_pieces(target)]
+    return Entry(target.name, "BF16", target.shape, pieces)
 
 
 def int4_entries(target: Target) -> list[Entry]:
@@ -39,12 +40,17 @@ def int4_entries(target: Target) -> list[Entry]:
     tensor, stem = target.source, target.name.removesuffix(".weight")
     out_features, in_features = target.shape[::-1] if target.is_transposed else target.shape
     groups = (out_features, in_features // GROUP_SIZE)
+    strips = list(_strips(tensor, target.rows))
     entries = [
-        Entry(f"{stem}.codes", "U8", (out_features, in_features // 2), partial(_read_codes, target)),
-        Entry(f"{stem}.scales", "F16", groups, partial(_read_constants, target, 0)),
+        Entry(
+            f"{stem}.codes", "U8", (out_features, in_features // 2), [partial(_codes, tensor, rows) for rows in strips]
+        ),
+        Entry(f"{stem}.scales", "F16", groups, [partial(_constants, tensor, rows, 0) for rows in strips]),
     ]
     if tensor.format == "Q4_1":
-        entries.append(Entry(f"{stem}.offsets", "F16", groups, partial(_read_constants, target, 2)))
+        entries.append(
+            Entry(f"{stem}.offsets", "F16", groups, [partial(_constants, tensor, rows, 2) for rows in strips])
+        )
     return entries
 
 
@@ -70,44 +76,44 @@ def unpack_codes(blocks: Bytes) -> Bytes:
     return codes[:, ::2] | np.left_shift(codes[:, 1::2], np.uint8(4))
 
 
-def _read_bfloat16(target: Target) -> Iterator[npt.NDArray[np.uint16]]:
+def _bfloat16_piece(target: Target, values: Callable[[], Float]) -> npt.NDArray[np.uint16]:
     try:
-        for values in _read_values(target):
-            yield to_bfloat16(values)
+        return to_bfloat16(values())
     except StoreError as error:
         raise StoreError(f"tensor {target.source.name!r}: {error}") from None
 
 
-def _read_values(target: Target) -> Iterator[Float]:
+def _value_pieces(target: Target) -> Iterator[Callable[[], Float]]:
+    """What makes the tensor's values, strip by strip."""
     tensor = target.source
     if len(tensor.shape) == 1:
-        yield tensor.to_float32()[target.rows] + np.float32(target.shift)
+        yield lambda: tensor.to_float32()[target.rows] + np.float32(target.shift)
     elif target.is_transposed:
         per_block = FORMATS[tensor.format][1]
         step = max(1, STRIP_VALUES // tensor.height // per_block) * per_block
         for first in range(0, tensor.width, step):
-            yield tensor.columns(first, min(first + step, tensor.width)).T
+            yield partial(_turned, tensor, first, min(first + step, tensor.width))
     else:
         for rows in _strips(tensor, target.rows):
-            yield tensor.rows(rows)
+            yield partial(tensor.rows, rows)
 
 
-def _read_codes(target: Target) -> Iterator[Bytes]:
-    for rows in _strips(target.source, target.rows):
-        yield unpack_codes(target.source.blocks(rows))
+def _turned(tensor: GgufTensor, first: int, last: int) -> Float:
+    return tensor.columns(first, last).T
 
 
-def _read_constants(target: Target, offset: int) -> Iterator[npt.NDArray[np.float16]]:
+def _codes(tensor: GgufTensor, rows: Rows) -> Bytes:
+    return unpack_codes(tensor.blocks(rows))
+
+
+def _constants(tensor: GgufTensor, rows: Rows, offset: int) -> npt.NDArray[np.float16]:
     """One of the two fp16 numbers at the head of every block."""
-    for rows in _strips(target.source, target.rows):
-        blocks = target.source.blocks(rows)[:, :, offset : offset + 2]
-        values = np.ascontiguousarray(blocks).view("<f2")[:, :, 0]
-        if not np.isfinite(values).all():
-            raise StoreError(
-                f"tensor {target.source.name!r}: the scales hold values that are not finite: the file is damaged, "
-                "fetch it again"
-            )
-        yield values
+    values = np.ascontiguousarray(tensor.blocks(rows)[:, :, offset : offset + 2]).view("<f2")[:, :, 0]
+    if not np.isfinite(values).all():
+        raise StoreError(
+            f"tensor {tensor.name!r}: the scales hold values that are not finite: the file is damaged, fetch it again"
+        )
+    return values
 
 
 def _strips(tensor: GgufTensor, rows: Rows) -> Iterator[Rows]:

@@ -1,18 +1,21 @@
-"""Writing safetensors: one file, or shards with an index, one strip of a tensor in memory at a time.
+"""Writing safetensors: one file, or shards with an index, a few pieces of a tensor in memory at a time.
 
 Layout: u64 header length, JSON header {name: {dtype, shape, data_offsets}}, data. Written here rather than by the
-library so that values are converted, hashed and written as they are read.
+library so that values are converted by a few threads, in order, while others are hashed and written.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +26,17 @@ from models.store.files import write_synced
 from models.store.folder import INDEX, WEIGHTS
 from models.store.safetensors_file import BYTES_PER_ITEM
 
+MAX_THREADS = 8  # beyond it, hashing is slower than converting
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor. read: its values in C order, in pieces of any size, of the dtype's width."""
+    """One tensor. pieces: each makes a part of its values, all of them in C order, of the dtype's width."""
 
     name: str
     dtype: str  # safetensors' name
     shape: tuple[int, ...]
-    read: Callable[[], Iterable[np.ndarray[Any, Any]]]
+    pieces: Sequence[Callable[[], np.ndarray[Any, Any]]]
 
     @property
     def num_bytes(self) -> int:
@@ -96,14 +101,15 @@ def _write_file(path: Path, entries: Sequence[Entry], advance: Callable[[int], N
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     state = hashlib.sha256()
-    with path.open("xb") as file:
+    made = _in_order([piece for entry in entries for piece in entry.pieces])
+    with path.open("xb") as file, contextlib.closing(made):
         for chunk in (struct.pack("<Q", len(text)), text):
             state.update(chunk)
             file.write(chunk)
         for entry in entries:
             left = entry.num_bytes
-            for piece in entry.read():
-                data = np.ascontiguousarray(piece).data
+            for _ in entry.pieces:
+                data = np.ascontiguousarray(next(made)).data
                 left -= data.nbytes
                 state.update(data)
                 file.write(data)
@@ -115,3 +121,19 @@ def _write_file(path: Path, entries: Sequence[Entry], advance: Callable[[int], N
         file.flush()
         os.fsync(file.fileno())
     return state.hexdigest()
+
+
+def _in_order(pieces: Sequence[Callable[[], np.ndarray[Any, Any]]]) -> Generator[np.ndarray[Any, Any], None, None]:
+    """What the pieces make, a few of them ahead of whoever takes them."""
+    num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    waiting: collections.deque[Future[np.ndarray[Any, Any]]] = collections.deque()
+    with ThreadPoolExecutor(num_threads, "convert") as pool:
+        try:
+            for piece in pieces:
+                waiting.append(pool.submit(piece))
+                if len(waiting) > num_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -216,6 +216,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "more layers": (lambda: {"metadata": {"llama.block_count": 1}}, "'blk.1.[a-z_]+.weight' is not part of"),
     "unknown tensor": (lambda: swap("blk.0.attn_sinks", np.zeros(64, np.float32)), "'blk.0.attn_sinks' is not part"),
     "half of the biases": (lambda: swap("blk.0.attn_q.bias", np.zeros(64, np.float32)), "7 tensors are missing"),
+    "embedding model": (lambda: {"metadata": {"llama.attention.causal": False}}, "'llama.attention.causal' is False"),
     "unit of attention": (lambda: {"metadata": {"llama.attention.scale": 0.5}}, "'llama.attention.scale' is 0.5"),
     "layers that cannot be": (lambda: {"metadata": {"llama.block_count": 2**31}}, "is 2147483648; 1 to 20 is possible"),
     "experts that cannot be": (lambda: {"metadata": {"llama.expert_count": 10**6}}, "1 to 4096 is possible"),

@@ -37,7 +37,7 @@ def blocks(format: str, shape: tuple[int, int], seed: int = 0) -> GgufTensor:
 def read(target: Target) -> np.ndarray[Any, Any]:
     """The whole bf16 tensor, widened to float32."""
     entry = bfloat16_entry(target)
-    bits = np.concatenate([piece.reshape(-1) for piece in entry.read()])
+    bits = np.concatenate([make().reshape(-1) for make in entry.pieces])
     return (bits.astype(np.uint32) << 16).view(np.float32).reshape(entry.shape)
 
 
@@ -87,7 +87,7 @@ def test_kept_codes_mean_the_values_that_ggml_means(format: str, rows: Any) -> N
     tensor = blocks(format, (12, 96))
     height = len(np.arange(12)[rows])
     entries = int4_entries(plain(tensor, rows=rows, shape=(height, 96)))
-    found = {entry.name: np.concatenate(list(entry.read())) for entry in entries}
+    found = {entry.name: np.concatenate([make() for make in entry.pieces]) for entry in entries}
     assert {entry.name: (entry.dtype, entry.shape) for entry in entries} == {
         "t.codes": ("U8", (height, 48)),
         "t.scales": ("F16", (height, 3)),
@@ -107,8 +107,8 @@ def test_kept_codes_of_a_transposed_linear_stay_rows_of_outputs() -> None:
     tensor = blocks("Q4_1", (12, 96))
     entries = int4_entries(plain(tensor, shape=(96, 12), is_transposed=True))
     assert [entry.shape for entry in entries] == [(12, 48), (12, 3), (12, 3)]
-    codes = np.concatenate(list(entries[0].read()))
-    assert np.array_equal(codes, np.concatenate(list(int4_entries(plain(tensor))[0].read())))
+    codes = np.concatenate([make() for make in entries[0].pieces])
+    assert np.array_equal(codes, np.concatenate([make() for make in int4_entries(plain(tensor))[0].pieces]))
 
 
 @pytest.mark.parametrize("bits", [0x7C00, 0x7E01, 0xFC00])
@@ -118,7 +118,8 @@ def test_scales_that_are_not_finite_are_refused(bits: int, place: int) -> None:
     tensor.data[20 * 5 + place : 20 * 5 + place + 2] = np.array([bits], np.uint16).view(np.uint8)
     with pytest.raises(StoreError, match=r"tensor 't': .* not finite"):
         for entry in int4_entries(plain(tensor)):
-            list(entry.read())
+            for make in entry.pieces:
+                make()
     with pytest.raises(StoreError, match=r"tensor 't': .* not finite"):
         read(plain(tensor))
 
@@ -141,8 +142,8 @@ def test_memory_stays_at_a_few_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = bfloat16_entry(plain(tensor))
     tracemalloc.start()
     try:
-        for _ in entry.read():
-            pass
+        for make in entry.pieces:
+            make()
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
