@@ -235,28 +235,45 @@ inline void linear(const Linear& a) {
 // Values of k that a packed panel holds: bf16 pairs need an even number.
 inline int64_t packed_depth(int format, int64_t k) { return kHasDot && format == kBfloat16 ? (k + 1) / 2 * 2 : k; }
 
-// weight [N][K] -> panels. `out` holds ceil(N / 32) * packed_depth * 32 values.
+// 64 bytes of each of a panel's rows, turned so that the outputs lie side by side.
+INLINE void turn_tile(const uint32_t (&tile)[kPanel][16], void* out, int format, int64_t steps) {
+  auto* words = static_cast<uint32_t*>(out);
+  auto half = [&](int64_t i, int64_t k) { return tile[i][k / 2] >> (k % 2 * 16) & 0xffffu; };
+  if (format == kFloat32) {
+    for (int64_t k = 0; k < steps; k++)
+      for (int64_t i = 0; i < kPanel; i++) words[k * kPanel + i] = tile[i][k];
+  } else if (format == kFloat16) {
+    auto* values = static_cast<uint16_t*>(out);
+    for (int64_t k = 0; k < steps; k++)
+      for (int64_t i = 0; i < kPanel; i++) values[k * kPanel + i] = uint16_t(half(i, k));
+  } else if (kHasDot) {
+    for (int64_t pair = 0; pair < steps / 2; pair++)
+      for (int64_t i = 0; i < kPanel; i++) words[pair * kPanel + i] = tile[i][pair] << 16 | tile[i][pair] >> 16;
+  } else {
+    for (int64_t k = 0; k < steps; k++)
+      for (int64_t i = 0; i < kHalf; i++) words[k * kHalf + i] = half(i, k) | half(i + kHalf, k) << 16;
+  }
+}
+
+// weight [N][K] -> panels. `out` holds ceil(N / 32) * packed_depth * 32 values. By tiles, since a panel of whole rows
+// leaves the first cache, and rows whose distance is a power of two share one set of it.
 inline void pack_weight(const void* weight, void* out, int format, int64_t n, int64_t k_size) {
-  const int64_t panels = (n + kPanel - 1) / kPanel, depth = packed_depth(format, k_size);
-  auto* narrow_out = static_cast<uint16_t*>(out);
+  const int64_t panels = (n + kPanel - 1) / kPanel, item = format == kFloat32 ? 4 : 2;
+  const int64_t row_bytes = k_size * item, depth_bytes = packed_depth(format, k_size) * item;
   pool().run(panels, [&](int64_t p, int) {
-    for (int64_t i = 0; i < kPanel; i++) {
-      const int64_t row = p * kPanel + i;
-      for (int64_t k = 0; k < depth; k++) {
-        const bool is_padding = row >= n || k >= k_size;
-        const int64_t at = (p * depth + k) * kPanel, from = row * k_size + k;
-        if (format == kFloat32) {
-          static_cast<float*>(out)[at + i] = is_padding ? 0.0f : static_cast<const float*>(weight)[from];
-          continue;
-        }
-        const uint16_t value = is_padding ? uint16_t(0) : static_cast<const uint16_t*>(weight)[from];
-        if (format == kFloat16)
-          narrow_out[at + i] = value;
-        else if (kHasDot)
-          narrow_out[(p * depth + (k & ~int64_t(1))) * kPanel + 2 * i + (~k & 1)] = value;
-        else
-          narrow_out[at + i % kHalf * 2 + i / kHalf] = value;
+    const char* from = static_cast<const char*>(weight) + p * kPanel * row_bytes;
+    char* to = static_cast<char*>(out) + p * kPanel * depth_bytes;
+    const int64_t rows = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
+    alignas(64) uint32_t tile[kPanel][16] = {};
+    for (int64_t at = 0; at < depth_bytes; at += 64) {
+      if (at + 64 <= row_bytes) {
+        for (int64_t i = 0; i < rows; i++) std::memcpy(tile[i], from + i * row_bytes + at, 64);
+      } else {
+        std::memset(tile, 0, sizeof tile);
+        for (int64_t i = 0; i < rows; i++) std::memcpy(tile[i], from + i * row_bytes + at, size_t(row_bytes - at));
       }
+      const int64_t left = depth_bytes - at < 64 ? depth_bytes - at : 64;
+      turn_tile(tile, to + at * kPanel, format, left / item);
     }
   });
 }
