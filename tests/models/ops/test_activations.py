@@ -24,7 +24,8 @@ def exact(x: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "relu":
         return x.clamp(min=0)
     if activation == "gelu":
-        return x * torch.special.erfc(-x / math.sqrt(2)) / 2
+        above: torch.Tensor = torch.special.erfc(-x / math.sqrt(2))
+        return x * above / 2
     z = x if activation == "silu" else math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x)
     return x * torch.sigmoid(z)
 
