@@ -9,11 +9,13 @@ from models.ops.kernels import Kernels
 from models.ops.reference import ReferenceKernels
 from models.ops.tiled import TiledKernels
 
-KINDS = ("auto", "cpu", "tiled", "reference")
+KINDS = ("auto", "cpu", "tiled", "triton", "reference")
 
 
 def select_kernels(device: torch.device, dtype: torch.dtype, kind: str = "auto") -> Kernels:
-    """The kernels of `kind` for weights of `dtype`; `auto` is the fastest exact set that runs here.
+    """The kernels of `kind` for weights of `dtype`; `auto` is the fastest set that runs here, on a CPU an exact one.
+
+    On CUDA that is Triton's, or plain torch where Triton is not installed; `triton` by name insists.
 
     Raises ValueError for an unknown kind or one that cannot serve `device`.
     """
@@ -25,6 +27,14 @@ def select_kernels(device: torch.device, dtype: torch.dtype, kind: str = "auto")
         return CpuKernels()
     if device.type == "cpu" and kind == "tiled":
         return TiledKernels()
+    if device.type == "cuda" and kind in ("auto", "triton") and dtype is not torch.float64:
+        try:
+            from models.ops.triton import TritonKernels  # a CPU build of torch comes without it
+        except ImportError:
+            if kind == "triton":
+                raise ValueError("kernels 'triton' need the package triton, which is not installed") from None
+        else:
+            return TritonKernels(dtype, device)
     if kind in ("auto", "reference"):
         is_cpu_narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
         return ReferenceKernels(torch.float32 if is_cpu_narrow else dtype, device)

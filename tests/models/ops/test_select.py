@@ -53,10 +53,25 @@ def test_kinds() -> None:
     meta = select_kernels(torch.device("meta"), torch.bfloat16)
     assert (meta.name, meta.activation_dtype) == ("reference", torch.bfloat16)
     assert meta.allocate_kv(1, 2, 16, 1, 8, torch.bfloat16)[0].key.device.type == "meta"
-    with pytest.raises(ValueError, match="kernels must be one of auto, cpu, tiled, reference; got 'fast'"):
+    with pytest.raises(ValueError, match="kernels must be one of auto, cpu, tiled, triton, reference; got 'fast'"):
         select_kernels(CPU, torch.bfloat16, "fast")
     with pytest.raises(ValueError, match="kernels 'cpu' are not available on device 'meta'"):
         select_kernels(torch.device("meta"), torch.bfloat16, "cpu")
+
+
+def test_cuda_gets_triton_and_torch_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed to choose: only to compute."""
+    cuda = torch.device("cuda")
+    for kind in ("auto", "triton"):
+        kernels = select_kernels(cuda, torch.bfloat16, kind)
+        assert (kernels.name, kernels.activation_dtype, kernels.is_exact) == ("triton", torch.bfloat16, False)
+    assert select_kernels(cuda, torch.float16, "reference").name == "reference"
+    with pytest.raises(ValueError, match="kernels 'triton' are not available on device 'cpu'"):
+        select_kernels(CPU, torch.bfloat16, "triton")
+    monkeypatch.setitem(sys.modules, "models.ops.triton", None)
+    assert select_kernels(cuda, torch.bfloat16).name == "reference"
+    with pytest.raises(ValueError, match="need the package triton, which is not installed"):
+        select_kernels(cuda, torch.bfloat16, "triton")
 
 
 @pytest.mark.skipif(not COMPILED, reason="no compiled kernels")

@@ -47,7 +47,8 @@ def name_of(value: object) -> str:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equality that tells -0 from 0 and takes a NaN for itself."""
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+    integers = torch.int16 if a.itemsize == 2 else torch.int32
+    return a.shape == b.shape and torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -86,6 +87,7 @@ class Contexts:
         widths = [-(-length // block_size) for length in lengths]
         num_blocks = 1 + sum(widths)
         (self.kv,) = kernels.allocate_kv(1, num_blocks, block_size, heads.num_kv_heads, heads.size, kv_dtype)
+        self.device = self.kv.key.device
         self.kv.key.fill_(stale)
         self.kv.value.fill_(stale)
         order = 1 + torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(deal))
@@ -96,8 +98,8 @@ class Contexts:
     def _store(self, row: int) -> torch.Tensor:
         size = self.block_size
         slots = int32([self.tables[row][i // size] * size + i % size for i in range(self.lengths[row])])
-        qkv = self.qkv[row].to(self.kernels.activation_dtype)
-        positions = torch.arange(len(slots), dtype=torch.int32)
+        qkv = self.qkv[row].to(self.device, self.kernels.activation_dtype)
+        slots, positions = slots.to(self.device), torch.arange(len(slots), dtype=torch.int32).to(self.device)
         heads = self.heads
         return self.kernels.rope_store(
             qkv, positions, None, self.kv, slots, heads.num_heads, heads.num_kv_heads, heads.size
@@ -116,9 +118,9 @@ class Contexts:
         batch = Batch(
             token_ids=empty,
             positions=empty,
-            query_start_loc=int32(starts),
-            seq_lens=int32([first + count for _, first, count in plan]),
-            block_table=torch.tensor(tables, dtype=torch.int32),
+            query_start_loc=int32(starts).to(self.device),
+            seq_lens=int32([first + count for _, first, count in plan]).to(self.device),
+            block_table=torch.tensor(tables, dtype=torch.int32).to(self.device),
             slot_mapping=empty,
             logits_indices=empty,
             max_query_len=max(counts),
@@ -130,7 +132,7 @@ class Contexts:
             q, self.kv, batch, heads.num_heads, heads.num_kv_heads, heads.size, heads.size**-0.5, window, softcap
         )
         pieces = [*counts, num_padding] if num_padding else counts
-        return list(zip(torch.split(out, pieces), torch.split(lse, pieces), strict=True))
+        return list(zip(torch.split(out.cpu(), pieces), torch.split(lse.cpu(), pieces), strict=True))
 
     def whole(self, row: int, window: int = 0, softcap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Every query of a row in one call."""
