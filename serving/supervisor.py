@@ -360,7 +360,7 @@ class Supervisor:
 def _weight_cache_dir(settings: ServeSettings) -> str:
     """Unless asked for, only what is rounded while it loads is kept: the rest packs as fast as a disk reads it."""
     if settings.weight_cache:
-        return "" if settings.weight_cache == "off" else settings.weight_cache
+        return "" if settings.weight_cache == "off" else str(Path(settings.weight_cache).expanduser().absolute())
     return str(Path(settings.store) / ".packed") if settings.engine.quantization in ("int8", "int4") else ""
 
 

@@ -16,13 +16,14 @@ from serving.engine.gang import Gang
 from serving.engine.output import StepOutput
 from serving.engine.request import Request
 from serving.engine.scheduler import Scheduler
-from serving.engine.worker import Worker
+from serving.engine.worker import LoadCallback, Worker
 from serving.types import SamplingParams
 
 
-def make_worker(folder: Path, **settings: object) -> Worker:
+def make_worker(folder: Path, on_load: LoadCallback | None = None, **settings: object) -> Worker:
     defaults = {"max_num_seqs": 32, "max_model_len": 256, "kv_cache_bytes": 1 << 26, "num_threads": 2}
-    return Worker(EngineSettings(model_dir=str(folder), served_model_name="m", **(defaults | settings)))
+    asked = EngineSettings(model_dir=str(folder), served_model_name="m", **(defaults | settings))
+    return Worker(asked, on_load=on_load)
 
 
 @dataclasses.dataclass
