@@ -19,7 +19,9 @@ FREQUENCY_TABLE = "rope_freqs.weight"
 """Llama 3's frequency factors: part of the configuration in Hugging Face's layout."""
 
 MAX_SIZE = 1 << 24  # no dimension of a real model comes near
-MAX_EXPERTS = 1 << 12
+MAX_LAYERS = 1 << 10
+MAX_EXPERTS = 1 << 12  # of a layer
+MAX_ALL_EXPERTS = 1 << 16
 GEMMA3_PATTERN = 6  # five local layers, then a global one
 GEMMA3_27B_LAYERS = 62  # the one Gemma 3 whose queries are scaled by the width of a head's share, not of a head
 
@@ -104,18 +106,21 @@ class Metadata:
         embedding = self.tensor("token_embd.weight")
         if len(embedding.shape) != 2:
             raise self.error(f"tensor 'token_embd.weight' is {list(embedding.shape)}, not a table")
-        experts = self.get("expert_count", int, 0)
+        # Every layer has tensors, so that a count which cannot be true is refused before anything is made of it.
+        layers = self.size("block_count", limit=min(MAX_LAYERS, len(self.file.tensors)))
+        experts = self.size("expert_count", limit=MAX_EXPERTS) if self.get("expert_count", int, 0) else 0
+        if layers * experts > MAX_ALL_EXPERTS:
+            raise self.error(f"{layers} layers of {experts} experts; at most {MAX_ALL_EXPERTS} in all are possible")
         return Sizes(
             hidden=hidden,
-            # Every layer has tensors, so that a count which cannot be true is refused before anything is made of it.
-            layers=self.size("block_count", limit=len(self.file.tensors)),
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head=head,
             inner=self.size("feed_forward_length"),
             vocab=embedding.shape[0],
             context=self.size("context_length"),
-            experts=self.size("expert_count", limit=MAX_EXPERTS) if experts else 0,
+            experts=experts,
             expert_inner=self.size("expert_feed_forward_length", self.size("feed_forward_length")) if experts else 0,
         )
 
@@ -164,6 +169,8 @@ def _decoder(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
     rotary = metadata.size("rope.dimension_count", sizes.head)
     if rotary != sizes.head:
         raise metadata.error(f"partial rotary embedding ({rotary} of {sizes.head}) is not supported")
+    if sizes.head % 2:
+        raise metadata.error(f"heads of {sizes.head} cannot be rotated: an even number is wanted")
     return {
         "attention_bias": False,
         "attention_dropout": 0.0,

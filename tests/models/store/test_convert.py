@@ -220,6 +220,14 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "unit of attention": (lambda: {"metadata": {"llama.attention.scale": 0.5}}, "'llama.attention.scale' is 0.5"),
     "layers that cannot be": (lambda: {"metadata": {"llama.block_count": 2**31}}, "is 2147483648; 1 to 20 is possible"),
     "experts that cannot be": (lambda: {"metadata": {"llama.expert_count": 10**6}}, "1 to 4096 is possible"),
+    "experts of all layers": (
+        lambda: {"metadata": {"llama.expert_count": 4096, "llama.block_count": 20}},
+        "20 layers of 4096 experts; at most 65536",
+    ),
+    "odd heads": (
+        lambda: {"metadata": {"llama.attention.key_length": 15, "llama.rope.dimension_count": 15}},
+        "heads of 15 cannot be rotated",
+    ),
     "no heads": (lambda: {"metadata": {"llama.attention.head_count": 0}}, "'llama.attention.head_count' is 0"),
     "epsilon": (
         lambda: {"metadata": {"llama.attention.layer_norm_rms_epsilon": float("nan")}},
