@@ -150,6 +150,23 @@ def test_a_rule_with_its_vocabulary_gives_the_ids_of_the_definition(tmp_path: Pa
         assert ours.decode(ids, skip_special_tokens=False) == wanted
 
 
+@pytest.mark.parametrize(("architecture", "is_composed"), [("gpt2", False), ("gptneox", True), ("llama", None)])
+def test_a_file_that_names_no_rule_is_split_where_there_is_but_one(
+    tmp_path: Path, architecture: str, is_composed: bool | None
+) -> None:
+    file = small_bpe("gpt-2", tmp_path)
+    file.metadata.update({"general.architecture": architecture, f"{architecture}.context_length": 64})
+    del file.metadata["tokenizer.ggml.pre"]
+    if is_composed is None:
+        with pytest.raises(
+            StoreError, match=r"splitting rule 'default' .* \(gpt-2, mpt, .*\); pull the model's Hugging"
+        ):
+            tokenizer_files(file)
+        return
+    ours = Tokenizer.from_str(tokenizer_files(file)["tokenizer.json"])
+    assert ours.decode(ours.encode("A\u030a 12").ids) == ("\u00c5 12" if is_composed else "A\u030a 12")
+
+
 def test_rows_that_are_padding_are_no_tokens(tmp_path: Path) -> None:
     ours = Tokenizer.from_str(tokenizer_files(small_bpe("qwen2", tmp_path))["tokenizer.json"])
     assert ours.get_vocab_size() == 602
