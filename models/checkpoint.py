@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 
 from models.config import ModelError
+from models.read_ahead import ReadAhead
 from models.stored_tensor import Scratch, StoredTensor, stored_tensors
 from models.weight_files import INDEX_FILE, weight_files
 
@@ -29,6 +30,7 @@ class Checkpoint:
         """
         self._tensors: dict[str, StoredTensor] = {}
         self._scratch = Scratch()
+        self._ahead = ReadAhead()
         self._on_read = on_read
         self._num_parameters = 0
         self.bytes_read = 0  # of tensor data asked from the files, headers not counted
@@ -77,11 +79,17 @@ class Checkpoint:
         columns: range | None = None,
     ) -> None:
         tensor = self._claimed(name, shape)
+        rows = range(shape[0]) if rows is None else rows
         try:
-            self.bytes_read += tensor.read_into(out, range(shape[0]) if rows is None else rows, columns, self._scratch)
+            num_bytes = tensor.read_into(out, rows, columns, self._scratch)
         except ModelError as error:
             raise ModelError(f"the tensor {name} {error}") from error
-        if self._on_read is not None and out.device.type != "meta":
+        self.bytes_read += num_bytes
+        if out.device.type == "meta":
+            self._ahead.expect(tensor, rows, columns)
+            return
+        self._ahead.advance(num_bytes)
+        if self._on_read is not None:
             self._on_read(self.bytes_read)
 
     def skip(self, prefix: str) -> None:
@@ -91,9 +99,10 @@ class Checkpoint:
             self._unclaimed.discard(self._names[at])
 
     def rewind(self) -> None:
-        """As if nothing had been claimed, skipped or read."""
+        """As if nothing had been claimed, skipped or read. What was read on the meta device is expected to follow."""
         self._unclaimed.update(self._names)
         self._num_parameters = self.bytes_read = 0
+        self._ahead.begin()
 
     def finish(self) -> None:
         """Raises ModelError naming tensors that nobody claimed: the model is not what it says."""

@@ -97,6 +97,12 @@ class StoredTensor:
             into.copy_(chunk[:, place.start : place.stop])
         return num_bytes
 
+    def row_bytes(self, columns: range | None) -> tuple[int, int, int]:
+        """Of the columns within a row: where they begin, how many bytes they are; and from one row to the next."""
+        item, width = item_size(self.kind), math.prod(self.shape[1:])
+        columns = range(width) if columns is None else columns
+        return columns.start * item, len(columns) * item, width * item
+
     def _read(self, into: torch.Tensor, first_row: int, columns: range, width: int) -> int:
         """Fill `into` [n, len(columns)] of the stored type: in one read where rows are whole, else one per row."""
         left = into.view(-1).view(torch.uint8).numpy().data
