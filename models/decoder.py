@@ -45,7 +45,7 @@ class Decoder:
     """Parts that belong to other pipeline stages are None; `blocks` is keyed by global index (C11)."""
 
     ROOTS: ClassVar[tuple[str, ...]] = ("model.",)
-    """Prefixes under which exports keep everything but the head; the first that holds the embedding is taken."""
+    """Prefixes under which exports keep everything but the head; the first that holds something is taken."""
     EMBEDDING: ClassVar[str] = "embed_tokens"
     LAYERS: ClassVar[str] = "layers"
     NORM: ClassVar[str] = "norm"
@@ -93,9 +93,10 @@ class Decoder:
         self._group = loader.group
         vocabulary = (config.vocab_size, self.embedding_size)
         root = self._root(loader)
+        table, head = self._vocabulary(loader, root.prefix)
         self._own_layers = stages.layers(config.num_layers)
 
-        self.embedding = VocabParallelEmbedding(root, self.EMBEDDING, *vocabulary) if stages.is_first else None
+        self.embedding = VocabParallelEmbedding(loader, table, *vocabulary) if stages.is_first else None
         if stages.is_first:
             self.load_first(root)
         self.blocks: list[Block | None] = [None] * config.num_layers
@@ -108,7 +109,6 @@ class Decoder:
             else:
                 loader.reader.skip(layer.prefix)
         self.norm = self.load_norm(root) if stages.is_last else None
-        head = root.prefix + self.EMBEDDING if config.tie_word_embeddings else self.HEAD
         self.head = LMHead(loader, head, *vocabulary) if stages.is_last else None
         for name in self._elsewhere(root.prefix):
             loader.reader.skip(f"{name}.")
@@ -143,13 +143,28 @@ class Decoder:
         return self.kernels.soft_cap(logits, cap) if cap else logits
 
     def _root(self, loader: Loader) -> Loader:
-        roots = [root for root in self.ROOTS if loader.reader.has(f"{root}{self.EMBEDDING}.weight")]
+        names = [f"{name}.weight" for name in (self.EMBEDDING, self.NORM)]
+        roots = [root for root in self.ROOTS if any(loader.reader.has(root + name) for name in names)]
         prefix = roots[0] if roots else self.ROOTS[0]  # the missing tensor is named when it is read
         return loader.at(prefix.removesuffix(".")) if prefix else loader
 
+    def _vocabulary(self, loader: Loader, root: str) -> tuple[str, str]:
+        """Names of the embedding and of the head, as transformers 5 takes them.
+
+        Tied, they are one weight under either name. An export that holds both may hold two: fine-tuning that knew
+        nothing of the tie leaves such a pair, so each is what it is called.
+        """
+        table, head = root + self.EMBEDDING, self.HEAD
+        if not self.config.tie_word_embeddings:
+            return table, head
+        has_head = any(loader.reader.has(f"{head}.{kind}") for kind in ("weight", "codes"))
+        if not has_head:
+            return table, table
+        return (table if loader.reader.has(f"{table}.weight") else head), head
+
     def _elsewhere(self, root: str) -> list[str]:
         """Names of this model's tensors that this stage leaves unread."""
-        names = [self.HEAD] if self.config.tie_word_embeddings else []  # some exports store the tied copy too
+        names: list[str] = []
         if not self.stages.is_first:
             names += [root + name for name in (self.EMBEDDING, *self.FIRST_STAGE)]
         if not self.stages.is_last:
