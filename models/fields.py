@@ -12,6 +12,8 @@ from models.config import Experts, LinearScaling, Llama3Scaling, ModelError, Rot
 
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_SIZE = 1 << 24  # no dimension of a real model comes near; beyond it a config is broken or hostile
+_MAX_LAYERS = 1 << 12  # likewise; every stage counts through all layers, which must not take minutes
+_MAX_EXPERTS = 1 << 14  # likewise, in every layer
 
 _LOCAL = "sliding_attention"
 _GLOBAL = "full_attention"
@@ -73,11 +75,14 @@ class Fields:
         present = {name: value for name, value in self.values.items() if value is not None}
         return Fields({**self.values, **defaults, **present}, self.where, self._generation)
 
-    def size(self, name: str, default: int | None = None, least: int = 1) -> int:
+    def size(self, name: str, default: int | None = None, least: int = 1, most: int = _MAX_SIZE) -> int:
         value = self._get(name, default)
-        if type(value) is not int or not least <= value <= _MAX_SIZE:
-            raise ModelError(f"{self.where}{name} must be an integer from {least} to {_MAX_SIZE}; got {shown(value)}")
+        if type(value) is not int or not least <= value <= most:
+            raise ModelError(f"{self.where}{name} must be an integer from {least} to {most}; got {shown(value)}")
         return value
+
+    def num_layers(self, name: str = "num_hidden_layers") -> int:
+        return self.size(name, most=_MAX_LAYERS)
 
     def positive(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
@@ -144,9 +149,15 @@ class Fields:
         size = self.size(head_size, width // heads)
         return {"hidden_size": width, "num_heads": heads, "num_kv_heads": kv_heads, "head_size": size}
 
-    def special_tokens(self) -> Special:
+    def special_tokens(self, *, bos_token_id: int | None = None, eos_token_id: int | None = None) -> Special:
+        """The arguments are transformers' defaults of the architecture for absent fields; null says that there is none.
+
+        A vocabulary too small for them has none either.
+        """
         vocab_size = self.size("vocab_size")
-        special = {**self.values, **{k: v for k, v in self._generation.items() if v is not None}}
+        defaults = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        special = {name: value for name, value in defaults.items() if value is not None and value < vocab_size}
+        special |= {**self.values, **{k: v for k, v in self._generation.items() if v is not None}}
         bos = _token_ids(special, "bos_token_id", vocab_size)
         return {
             "eos_token_ids": _token_ids(special, "eos_token_id", vocab_size),
@@ -163,7 +174,7 @@ class Fields:
         dense_layers: tuple[int, ...] = (),
     ) -> Experts:
         """num_experts: name of that field; intermediate_size: of one expert."""
-        experts = self.size(num_experts, default_experts)
+        experts = self.size(num_experts, default_experts, most=_MAX_EXPERTS)
         chosen = self.size("num_experts_per_tok", default_per_token)
         if chosen > experts:
             raise ModelError(f"{self.where}num_experts_per_tok must be at most {num_experts} {experts}; got {chosen}")
@@ -220,7 +231,10 @@ class Fields:
         if kind == "linear":
             return LinearScaling(factor=factor)
         positions = self.size("max_position_embeddings", 2048)
-        positions = rope.size("original_max_position_embeddings", positions)
+        if self.has("original_max_position_embeddings"):  # beside the scaling, where it wins in transformers
+            positions = self.size("original_max_position_embeddings")
+        else:
+            positions = rope.size("original_max_position_embeddings", positions)
         if kind == "yarn":
             return _yarn(rope, factor, positions)
         scaling = Llama3Scaling(

@@ -75,6 +75,12 @@ class Group:
         """This rank's contiguous part of `total` items; parts differ by one at most."""
         return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
+    def part(self, name: str, total: int) -> range:
+        """`share` of the dimension `name`, of which every rank has some. Raises ModelError."""
+        if total < self.size:
+            raise ModelError(f"{name} {total} cannot be divided among {self.size} ranks")
+        return self.share(total)
+
     def heads(self, num_heads: int, num_kv_heads: int) -> tuple[range, range]:
         """This rank's query heads and the KV heads that they read.
 

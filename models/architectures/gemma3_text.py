@@ -45,12 +45,10 @@ class Gemma3Block:
 class Gemma3ForCausalLM(Decoder):
     @staticmethod
     def parse(fields: Fields) -> ModelConfig:
-        fields = fields.with_defaults(
-            num_key_value_heads=4, head_dim=256, bos_token_id=2, eos_token_id=1, max_position_embeddings=131072
-        )
+        fields = fields.with_defaults(num_key_value_heads=4, head_dim=256, max_position_embeddings=131072)
         fields.one_of("use_bidirectional_attention", (False,), False)
         heads = fields.heads()
-        num_layers = fields.size("num_hidden_layers")
+        num_layers = fields.num_layers()
         pattern = fields.size("sliding_window_pattern", 6)
         rotary, local_rotary = _rotary(fields, heads["head_size"])
         has_bias = fields.flag("attention_bias")
@@ -73,7 +71,7 @@ class Gemma3ForCausalLM(Decoder):
             has_output_bias=has_bias,
             tie_word_embeddings=fields.flag("tie_word_embeddings", True),
             max_position_embeddings=fields.max_positions(rotary, 131072),
-            **fields.special_tokens(),
+            **fields.special_tokens(bos_token_id=2, eos_token_id=1),
         )
 
     def load_block(self, loader: Loader, layer: int) -> Gemma3Block:

@@ -70,7 +70,7 @@ class GPT2LMHeadModel(Decoder):
         heads = fields.heads("n_embd", "n_head")
         fields.one_of("num_key_value_heads", (heads["num_heads"],), heads["num_heads"])
         fields.one_of("add_cross_attention", (False,), False)
-        num_layers = fields.size("n_layer")
+        num_layers = fields.num_layers("n_layer")
         return GPT2Config(
             model_type=fields.text("model_type"),
             **heads,
@@ -87,7 +87,7 @@ class GPT2LMHeadModel(Decoder):
             has_mlp_bias=True,
             tie_word_embeddings=fields.flag("tie_word_embeddings", True),
             max_position_embeddings=fields.size("n_positions", 1024),
-            **fields.special_tokens(),
+            **fields.special_tokens(bos_token_id=50256, eos_token_id=50256),
         )
 
     def load_first(self, loader: Loader) -> None:

@@ -61,7 +61,7 @@ class GPTNeoXForCausalLM(Decoder):
         return GPTNeoXConfig(
             model_type=fields.text("model_type"),
             **heads,
-            num_layers=fields.size("num_hidden_layers"),
+            num_layers=fields.num_layers(),
             intermediate_size=fields.size("intermediate_size"),
             vocab_size=fields.size("vocab_size"),
             norm_eps=fields.positive("layer_norm_eps", 1e-5),
@@ -78,7 +78,7 @@ class GPTNeoXForCausalLM(Decoder):
             has_mlp_bias=True,
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             max_position_embeddings=fields.size("max_position_embeddings", 2048),
-            **fields.special_tokens(),
+            **fields.special_tokens(bos_token_id=0, eos_token_id=2),
         )
 
     def load_block(self, loader: Loader, layer: int) -> GPTNeoXBlock:

@@ -46,7 +46,7 @@ class LlamaForCausalLM(Decoder):
         return ModelConfig(
             model_type=fields.text("model_type"),
             **heads,
-            num_layers=fields.size("num_hidden_layers"),
+            num_layers=fields.num_layers(),
             intermediate_size=fields.size("intermediate_size"),
             vocab_size=fields.size("vocab_size"),
             norm_eps=fields.positive("rms_norm_eps", 1e-6),
@@ -57,7 +57,7 @@ class LlamaForCausalLM(Decoder):
             has_mlp_bias=fields.flag("mlp_bias"),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             max_position_embeddings=fields.max_positions(rotary, 2048),
-            **fields.special_tokens(),
+            **fields.special_tokens(bos_token_id=1, eos_token_id=2),
         )
 
     def load_block(self, loader: Loader, layer: int) -> LlamaBlock:

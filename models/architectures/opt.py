@@ -92,7 +92,7 @@ class OPTForCausalLM(Decoder):
         return OPTConfig(
             model_type=fields.text("model_type"),
             **heads,
-            num_layers=fields.size("num_hidden_layers"),
+            num_layers=fields.num_layers(),
             intermediate_size=fields.size("ffn_dim"),
             vocab_size=fields.size("vocab_size"),
             norm_eps=_NORM_EPS,
@@ -106,7 +106,7 @@ class OPTForCausalLM(Decoder):
             has_mlp_bias=has_bias,
             tie_word_embeddings=fields.flag("tie_word_embeddings", True),
             max_position_embeddings=fields.size("max_position_embeddings", 2048),
-            **fields.special_tokens(),
+            **fields.special_tokens(bos_token_id=2, eos_token_id=2),
         )
 
     def __init__(self, loader: Loader, config: OPTConfig, stages: Stages, max_model_len: int) -> None:

@@ -21,6 +21,7 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
             has_qkv_bias=True,
             has_output_bias=False,
             has_mlp_bias=False,
+            **fields.special_tokens(),  # without Llama's defaults
         )
 
 

@@ -17,5 +17,9 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
     def parse(fields: Fields) -> ModelConfig:
         config = LlamaForCausalLM.parse(fields.with_defaults(**_DEFAULTS))
         return dataclasses.replace(
-            config, windows=windows(fields, config.num_layers), has_head_norm=True, has_mlp_bias=False
+            config,
+            windows=windows(fields, config.num_layers),
+            has_head_norm=True,
+            has_mlp_bias=False,
+            **fields.special_tokens(),  # without Llama's defaults
         )

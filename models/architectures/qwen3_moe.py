@@ -37,6 +37,7 @@ class Qwen3MoeForCausalLM(LlamaForCausalLM):
             windows=(window,) * config.num_layers if window else (),
             has_head_norm=True,
             has_mlp_bias=False,
+            **fields.special_tokens(),  # without Llama's defaults
             experts=fields.experts(
                 num_experts,
                 128,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from models.config import ModelError
 from models.layers.loader import Loader
 from models.quant.method import WeightPart
 
@@ -49,7 +50,11 @@ class LMHead:
 
 
 def _own_ids(loader: Loader, vocab_size: int) -> range:
-    """Equal ranges but for the last ranks', so that a gather needs padding at the very end only."""
+    """Equal ranges but for the last rank's, so that a gather needs padding at the very end only. Raises ModelError."""
     size = -(-vocab_size // loader.group.size)
-    start = min(size * loader.group.rank, vocab_size)
+    if size * (loader.group.size - 1) >= vocab_size:
+        raise ModelError(
+            f"vocab_size {vocab_size} cannot be divided among {loader.group.size} ranks in parts of {size}"
+        )
+    start = size * loader.group.rank
     return range(start, min(start + size, vocab_size))

@@ -27,7 +27,7 @@ class GatedMLP:
 
     def __init__(self, loader: Loader, config: ModelConfig) -> None:
         width, inner = config.hidden_size, config.intermediate_size
-        own = loader.group.share(inner)
+        own = loader.group.part("intermediate_size", inner)
         parts = [WeightPart(name, (inner, width), own) for name in ("gate_proj", "up_proj")]
         self.gate_up_proj = ColumnParallel(loader, parts, config.has_mlp_bias)
         self.down_proj = RowParallel(loader, "down_proj", width, own, inner, config.has_mlp_bias)
@@ -46,7 +46,7 @@ class MLP:
     def __init__(self, loader: Loader, config: ModelConfig, up: str, down: str, is_transposed: bool = False) -> None:
         """up, down: names of the two linears; is_transposed: whether they are stored as [in, out]."""
         width, inner = config.hidden_size, config.intermediate_size
-        own = loader.group.share(inner)
+        own = loader.group.part("intermediate_size", inner)
         part = WeightPart(up, (inner, width), own, is_transposed=is_transposed)
         self.up_proj = ColumnParallel(loader, [part], config.has_mlp_bias)
         self.down_proj = RowParallel(loader, down, width, own, inner, config.has_mlp_bias, is_transposed)

@@ -25,7 +25,12 @@ class RotaryTables:
 
 
 def cos_sin_table(rotary: Rotary, max_positions: int, device: torch.device) -> torch.Tensor:
-    """float32 [max_positions, size]: the cosines of size / 2 frequencies, then their sines."""
+    """float32 [max_positions, size]: the cosines of size / 2 frequencies, then their sines.
+
+    On the meta device nothing is computed.
+    """
+    if device.type == "meta":
+        return torch.empty(max_positions, rotary.size, device=device)
     exponents = torch.arange(0, rotary.size, 2).float() / rotary.size
     frequencies = 1.0 / rotary.theta**exponents
     if isinstance(rotary.scaling, Llama3Scaling):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from models.config import LinearScaling, Llama3Scaling, ModelConfig, ModelError, Rotary
 from models.fields import MAX_CONFIG_BYTES, Fields
-from models.registry import load_config, parse_config
+from models.registry import ARCHITECTURES, load_config, parse_config
 from tests.tiny import LLAMA3_ROPE, tiny_llama
 
 SIZES: dict[str, Any] = {
@@ -21,6 +22,11 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "intermediate_size": 96,
     "vocab_size": 300,
+}
+
+NAMES_OF_SIZES = {
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "ffn_dim", "vocab_size"),
+    *("n_embd", "n_layer", "n_head"),
 }
 
 
@@ -33,7 +39,7 @@ def test_absent_fields_have_transformers_defaults() -> None:
     assert (config.num_kv_heads, config.head_size) == (4, 16)
     assert (config.rotary, config.norm_eps) == (Rotary(theta=10000.0, size=16), 1e-6)
     assert not (config.tie_word_embeddings or config.has_qkv_bias or config.has_output_bias or config.has_mlp_bias)
-    assert (config.max_position_embeddings, config.eos_token_ids, config.bos_token_id) == (2048, (), None)
+    assert (config.max_position_embeddings, config.eos_token_ids, config.bos_token_id) == (2048, (2,), 1)
 
 
 def test_what_transformers_writes(tmp_path: Path) -> None:
@@ -60,6 +66,31 @@ def test_linear_scaling() -> None:
     assert config.rotary == Rotary(theta=10000.0, size=16, scaling=LinearScaling(factor=2.0))
 
 
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_what_is_absent_has_transformers_defaults(model_type: str) -> None:
+    """Of every family and every field but the sizes."""
+    default = json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False))
+    sizes = [name for name in default if name in NAMES_OF_SIZES]
+    assert len(sizes) == 5 - (model_type == "gpt2")
+    assert parsed({"model_type": model_type, **{name: default[name] for name in sizes}}) == parsed(default)
+
+
+def test_special_tokens_that_are_not_there() -> None:
+    """Null is no default, and neither is an id beyond the vocabulary."""
+    config = parsed({**SIZES, "eos_token_id": None, "bos_token_id": None})
+    assert (config.eos_token_ids, config.bos_token_id) == ((), None)
+    config = parsed({**SIZES, "vocab_size": 2})
+    assert (config.eos_token_ids, config.bos_token_id) == ((), 1)
+
+
+def test_the_old_context_beside_the_scaling_wins() -> None:
+    """As in transformers, whose Phi-3 has it there."""
+    config = parsed({**SIZES, "rope_parameters": LLAMA3_ROPE, "original_max_position_embeddings": 77})
+    assert config.rotary is not None
+    assert isinstance(config.rotary.scaling, Llama3Scaling)
+    assert config.rotary.scaling.original_max_position_embeddings == 77
+
+
 def test_generation_config_wins_for_special_tokens(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SIZES, "eos_token_id": 2, "bos_token_id": 1}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9, 2], "bos_token_id": None}))
@@ -75,6 +106,11 @@ def test_generation_config_wins_for_special_tokens(tmp_path: Path) -> None:
         ({"model_type": 7}, "model_type must be a string; got 7"),
         ({"vocab_size": 0}, "vocab_size must be an integer from 1 to .*; got 0"),
         ({"vocab_size": 1 << 40}, f"vocab_size .*; got {1 << 40}"),
+        ({"num_hidden_layers": 1 << 24}, f"num_hidden_layers must be an integer from 1 to 4096; got {1 << 24}"),
+        (
+            {"model_type": "mixtral", "num_key_value_heads": 4, "num_local_experts": 1 << 24},
+            f"num_local_experts must be an integer from 1 to 16384; got {1 << 24}",
+        ),
         ({"num_hidden_layers": True}, "num_hidden_layers .*; got True"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers .*; got 2.0"),
         ({"hidden_size": 66}, "hidden_size must be a multiple of num_attention_heads .*; got 66 and 4"),

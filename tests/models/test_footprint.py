@@ -136,7 +136,7 @@ ODD: dict[str, dict[str, Any]] = {
     "gpt-neox-20b": {"num_hidden_layers": 3, "vocab_size": 131, "tie_word_embeddings": True},
     "gpt2": {"n_layer": 5, "n_inner": 97, "head_dim": 10},
     "llama-3.2-1b": {"num_hidden_layers": 3, "attention_bias": True, "mlp_bias": True, "intermediate_size": 97},
-    "mixtral-8x7b": {"num_hidden_layers": 3, "num_local_experts": 7, "vocab_size": 3},
+    "mixtral-8x7b": {"num_hidden_layers": 3, "num_local_experts": 7, "vocab_size": 7},
     "qwen3-30b-a3b": {"num_hidden_layers": 5, "num_experts": 9, "mlp_only_layers": [0, 3], "intermediate_size": 97},
     "gemma-3-1b": {"num_hidden_layers": 5, "attention_bias": True},
     "qwen2.5-0.5b": {"num_hidden_layers": 3, "num_attention_heads": 8},

@@ -108,6 +108,26 @@ def test_heads_that_cannot_be_divided(heads: tuple[int, int], words: str) -> Non
         group.heads(*heads)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"vocab_size": 9}, "vocab_size 9 cannot be divided among 4 ranks in parts of 3"),
+        ({"vocab_size": 3, "eos_token_id": 0}, "vocab_size 3 cannot be divided among 4 ranks"),
+        ({"intermediate_size": 3}, "intermediate_size 3 cannot be divided among 4 ranks"),
+    ],
+)
+def test_every_rank_has_a_part_of_every_dimension(sizes: dict[str, int], words: str, tmp_path: Path) -> None:
+    """Refused by all ranks alike, and not by the one that would multiply nothing."""
+    folder = tiny_llama(tmp_path, num_attention_heads=4, num_key_value_heads=4, **sizes)
+
+    def refusal(group: Group) -> str:
+        with pytest.raises(ModelError) as caught:
+            load_model(folder, dtype="float32", group=group)
+        return str(caught.value)
+
+    assert all(words in text for text in on_ranks(4, refusal))
+
+
 def test_stages_cover_the_layers_once() -> None:
     for count in (1, 2, 3, 5):
         ranges = [Stages(index, count).layers(5) for index in range(count)]
