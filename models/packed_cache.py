@@ -24,7 +24,7 @@ from models.packed_file import DamagedFile, PackedFile, packed_bytes, write_pack
 from models.quant.method import WeightPart, claim_part
 from models.weight_reader import WeightReader
 
-VERSION = 1  # of the files
+VERSION = 2  # of the files
 MAX_BYTES = 64 << 30
 _LEAST_FREE = 0.1  # of the file system, after a model has been written
 _LOCK_FILE = "lock"
@@ -66,8 +66,9 @@ class PackedCache:
             self._give_up(error)
             return
         try:
-            self._file = PackedFile(self.folder)
-            os.utime(self.folder)  # used just now
+            self._file = PackedFile(self.folder, self._key)
+            with contextlib.suppress(OSError):  # it may lie where we only read
+                os.utime(self.folder)  # used just now
         except FileNotFoundError:
             self._is_complete = False
         except (OSError, DamagedFile) as error:
@@ -148,7 +149,7 @@ class PackedCache:
 
     def _is_there(self) -> bool:
         try:
-            file = PackedFile(self.folder)
+            file = PackedFile(self.folder, self._key)
         except (OSError, DamagedFile):
             return False
         file.close()
@@ -171,7 +172,7 @@ class PackedCache:
             return False
         unfinished.mkdir(mode=0o700)
         try:
-            write_packed(unfinished, self._kept)
+            write_packed(unfinished, self._key, self._kept)
             unfinished.rename(self.folder)
             _sync(self._root)
         except OSError:

@@ -1,8 +1,9 @@
 """Packed weights in a folder: one file of data, read straight into the memory in which it is multiplied, and an index.
 
-The index carries a digest of itself and of every tensor. A tensor's is taken over sums of 2 KiB rows: any changed,
-missing, zeroed or misplaced piece shows, at 18 GB/s per thread where a cryptographic hash makes 1 (measured). It
-guards against broken disks and half-written files; against other users, the folder's mode does.
+The index carries a digest of itself and of every tensor. A tensor's is taken over sums of 2 KiB rows: a changed,
+missing, zeroed or misplaced piece shows unless it keeps the sum of its row, at 18 GB/s per thread where a
+cryptographic hash makes 1 (measured). It guards against broken disks and half-written files; against other users, the
+folder's mode does.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class DamagedFile(Exception):
 class PackedFile:
     """A folder that `write_packed` made, open for reading."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises FileNotFoundError when there is none, OSError, or DamagedFile."""
-        self._entries = _read_index(folder / INDEX_FILE)
+    def __init__(self, folder: Path, identity: str) -> None:
+        """Raises FileNotFoundError when there is none, OSError, or DamagedFile, also where the identity is another."""
+        self._entries = _read_index(folder / INDEX_FILE, identity)
         self._file = (folder / DATA_FILE).open("rb", buffering=0)
         size = self._file.seek(0, os.SEEK_END)
         wanted = max((piece["offset"] + piece["bytes"] for piece in self._pieces()), default=0)
@@ -94,8 +95,11 @@ class PackedFile:
             yield from entry["pieces"].values()
 
 
-def write_packed(folder: Path, weights: Mapping[str, PackedLinear]) -> None:
-    """Write an existing, empty folder and have the disk keep it. Raises OSError."""
+def write_packed(folder: Path, identity: str, weights: Mapping[str, PackedLinear]) -> None:
+    """Fill an existing, empty folder and have the disk keep it. Raises OSError.
+
+    identity: of what the weights belong to: a folder that was moved to another's place is not taken for it.
+    """
     entries: dict[str, dict[str, Any]] = {}
     offset = 0
     with (folder / DATA_FILE).open("xb", buffering=0) as file:
@@ -130,7 +134,7 @@ def write_packed(folder: Path, weights: Mapping[str, PackedLinear]) -> None:
     body = json.dumps(entries, separators=(",", ":")).encode()
     with (folder / INDEX_FILE).open("xb") as file:
         os.fchmod(file.fileno(), 0o600)
-        file.write(_digest(body).encode() + b"\n" + body)
+        file.write(_digest(identity, body).encode() + b"\n" + body)
         file.flush()
         os.fsync(file.fileno())
 
@@ -169,19 +173,19 @@ def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
         yield flat[start : start + _CHUNK_BYTES]
 
 
-def _read_index(path: Path) -> dict[str, dict[str, Any]]:
+def _read_index(path: Path, identity: str) -> dict[str, dict[str, Any]]:
     with path.open("rb") as file:
         content = file.read(_MAX_INDEX_BYTES + 1)
     digest, _, body = content.partition(b"\n")
-    if len(content) > _MAX_INDEX_BYTES or digest.decode(errors="replace") != _digest(body):
+    if len(content) > _MAX_INDEX_BYTES or digest.decode(errors="replace") != _digest(identity, body):
         raise DamagedFile(f"{INDEX_FILE} is not what was written")
     entries = json.loads(body)
     assert isinstance(entries, dict)  # its digest is right
     return entries
 
 
-def _digest(body: bytes) -> str:
-    return hashlib.blake2b(body, digest_size=16).hexdigest()
+def _digest(identity: str, body: bytes) -> str:
+    return hashlib.blake2b(identity.encode() + b"\n" + body, digest_size=16).hexdigest()
 
 
 def _name(dtype: torch.dtype) -> str:

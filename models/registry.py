@@ -196,11 +196,20 @@ def _packed_identity(
     """Everything that the bytes of a rank's packed weights depend on."""
     return {
         "weights": weights_fingerprint(folder),
+        "changed": _last_change(folder),
         "format": f"{dtype} {quantization} {ROUNDING_VERSION}",
         "layout": layout_of(kernels),
         "rank": f"{group.rank} of {group.size}",
         "stage": f"{stages.index} of {stages.count}",
     }
+
+
+def _last_change(folder: Path | str) -> list[int]:
+    """When the weights were last written, in ns by their file system.
+
+    The fingerprint of a large file is a sample, which a few tensors edited in place may escape.
+    """
+    return [path.stat().st_mtime_ns for path in weight_files(Path(folder))]
 
 
 def build_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -20,7 +21,7 @@ from models.packed_file import DATA_FILE, INDEX_FILE, Checksum
 from models.quant.method import WeightPart
 from models.quant.packer import Packer
 from models.random_weights import RandomWeights
-from models.registry import CausalLM, load_model
+from models.registry import CausalLM, load_model, weights_fingerprint
 from tests.models.paged import Sequences
 from tests.tiny import tiny_llama
 
@@ -137,6 +138,50 @@ def test_a_damaged_entry_is_replaced(
     assert not again.has_saved
     assert not again.notes
     assert torch.equal(again.logits, expected)
+
+
+def test_an_entry_in_anothers_place_is_not_taken_for_it(folder: Path, tmp_path: Path) -> None:
+    """Two models of one architecture have entries of one layout."""
+    other = tiny_llama(tmp_path / "other", seed=1, tie_word_embeddings=True)
+    cache = tmp_path / "cache"
+    Start(folder, cache)
+    moved = only_entry(cache)
+    aside = moved.rename(tmp_path / "aside")
+    expected = Start(other, cache).logits
+    place = only_entry(cache)
+    shutil.rmtree(place)
+    aside.rename(place)
+    start = Start(other, cache)
+    assert torch.equal(start.logits, expected)
+    assert "index.json is not what was written" in " ".join(start.notes)
+
+
+def test_weights_edited_in_place_are_read_again(tmp_path: Path) -> None:
+    """Between the samples that the fingerprint of a folder without a manifest takes."""
+    folder = tiny_llama(tmp_path / "model", intermediate_size=1000)
+    before, fingerprint = Start(folder, tmp_path / "cache").logits, weights_fingerprint(folder)
+    path = folder / "model.safetensors"
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        for i in range(20, 60):
+            file.seek((size - 4096) * (2 * i + 1) // 126 + 2048)
+            file.write(bytes(4096))
+    assert weights_fingerprint(folder) == fingerprint
+    after = Start(folder, tmp_path / "cache").logits
+    assert not torch.equal(after, before)
+    assert torch.equal(after, Start(folder, None).logits)
+
+
+def test_a_cache_that_cannot_be_written_is_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Start(folder, tmp_path).logits
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(packed_cache.os, "utime", refuse)
+    start = Start(folder, tmp_path)
+    assert torch.equal(start.logits, expected)
+    assert (start.has_saved, start.notes) == (False, [])
 
 
 def test_zeroed_and_swapped_pages_change_the_checksum() -> None:
