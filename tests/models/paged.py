@@ -66,7 +66,7 @@ class Sequences:
         return torch.cat(self.logits[sequence])
 
     def batch(self, plan: Sequence[tuple[int, int]]) -> Batch:
-        """A lone token gets a padding row that writes to block 0, as the runner does (C4)."""
+        """As the runner makes them: a lone token is computed alone (C4)."""
         token_ids, positions, slots, counts, seq_lens, tables = [], [], [], [], [], []
         for sequence, count in plan:
             start = self.num_computed[sequence]
@@ -78,14 +78,6 @@ class Sequences:
             counts.append(count)
             seq_lens.append(start + count)
             tables.append(table)
-        if sum(counts) == 1:
-            zero = torch.zeros(1, dtype=torch.int64)
-            token_ids.append(zero)
-            positions.append(zero)
-            slots.append(zero)
-            counts.append(1)
-            seq_lens.append(1)
-            tables.append(zero)
         width = max(len(table) for table in tables)
         block_table = torch.full((len(tables), width), -1)
         for row, table in enumerate(tables):
