@@ -91,6 +91,27 @@ def test_old_exports_hold_a_rotary_buffer(folder: Path) -> None:
     assert torch.equal(logits(load(folder)), expected)
 
 
+def test_buffers_of_any_type_are_passed_over(folder: Path) -> None:
+    """Attention masks and positions, which some exports hold as integers or truth values."""
+    expected = logits(load(folder))
+    prefix = "model__layers__0__self_attn__rotary_emb__"
+    masks = {
+        "mask": torch.ones(3, 5, dtype=torch.bool),
+        "positions": torch.arange(7),
+        "codes": torch.ones(9).to(torch.uint8),
+    }
+    rewrite(folder, **{prefix + name: tensor for name, tensor in masks.items()})
+    assert torch.equal(logits(load(folder)), expected)
+
+
+def test_what_is_missing_is_named_before_anything_is_read(folder: Path) -> None:
+    rewrite(folder, model__norm__weight=None)  # the last tensor but one
+    seen: list[int] = []
+    with pytest.raises(ModelError, match=r"model.norm.weight is missing"):
+        load(folder, progress=lambda done, total: seen.append(done))
+    assert not seen
+
+
 def test_progress_rises_to_the_total(folder: Path) -> None:
     seen: list[tuple[int, int]] = []
     load(folder, progress=lambda done, total: seen.append((done, total)))
@@ -148,6 +169,7 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
         ),
         ({"model__norm__weight": torch.ones(80, 1)}, r"model.norm.weight must have shape \[80\]; got \[80, 1\]"),
         ({"model__norm__weight": torch.ones(80, dtype=torch.int32)}, "model.norm.weight has type I32; expected one of"),
+        ({"model__norm__weight": torch.ones(80, dtype=torch.int8)}, "model.norm.weight has type I8; expected one of"),
     ],
 )
 def test_wrong_tensors_are_named(folder: Path, change: dict[str, torch.Tensor | None], words: str) -> None:
