@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from models.ops.kernels import GROUP_SIZE, PackedLinear
 
 ROUNDING_VERSION = 1  # raised when the same weights get other codes
-MAX_INT8_INPUTS = 65_536  # sums of 255 * 127 per input must fit int32
-_SMALLEST = 2.0**-100  # rows and groups whose values are all smaller count as zero
+_SMALLEST = 2.0**-100  # groups whose values are all smaller count as zero
 
 
 def round_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,16 +27,16 @@ def round_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def code_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [M, K] -> codes int8 [M, K], steps float32 [M, G] and sums of codes float32 [M, G], a step per `group` inputs.
 
-    Groups are whole: K is a multiple of `group`. Broken groups are treated as in `round_int8`.
+    The last group may be short. Broken groups are treated as the rows of `round_int8`, and values below 2^-100 as zero.
     """
     rows, width = x.shape
-    grouped = x.float().reshape(rows, width // group, group)
+    grouped = F.pad(x.float(), (0, -width % group)).view(rows, -1, group)
     peak = grouped.abs().amax(-1, keepdim=True)
     is_used = peak.isfinite() & (peak >= _SMALLEST)
     inverse = peak.new_tensor(127.0).div(peak.masked_fill(~is_used, 1.0))  # 127.0 / peak would multiply by 1 / peak
     codes = (grouped * inverse).round_().masked_fill_(~is_used, 0.0)
     steps = (peak / 127.0).masked_fill(peak < _SMALLEST, 0.0).masked_fill(~peak.isfinite(), torch.nan)
-    return codes.to(torch.int8).flatten(1), steps.squeeze(-1), codes.sum(-1)
+    return codes.to(torch.int8).flatten(1)[:, :width], steps.squeeze(-1), codes.sum(-1)
 
 
 def round_int4(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,8 +70,6 @@ def split_codes(joined: torch.Tensor) -> torch.Tensor:
 
 def check_size(in_features: int, format: str) -> None:
     """Raises ValueError for a width that `format` does not cover."""
-    if format == "int8" and in_features > MAX_INT8_INPUTS:
-        raise ValueError(f"int8 linears have at most {MAX_INT8_INPUTS} inputs; got {in_features}")
     if format == "int4" and in_features % GROUP_SIZE:
         raise ValueError(f"int4 linears have a multiple of {GROUP_SIZE} inputs; got {in_features}")
 

@@ -1,6 +1,6 @@
-// Linears whose weights are small integers: x becomes signed 8-bit codes with a scale per row (int8) or per group of 32
-// of a row (int4), products are summed in int32, and fp32 enters in one fixed order. Integer sums are exact, so neither
-// M nor the tile nor the thread nor the instruction set can change a bit.
+// Linears whose weights are small integers: x becomes signed 8-bit codes with a step per row and group of inputs,
+// products are summed in int32 over a group, and fp32 enters in one fixed order. Integer sums are exact, so neither M nor
+// the tile nor the thread nor the instruction set can change a bit.
 //
 // Four codes of a weight (unsigned bytes of one word) meet four codes of x. Where the CPU has AVX512-VNNI that is one
 // instruction; elsewhere bytes are widened to 16 bits, even and odd ones apart, and two multiply-adds of pairs make it.
@@ -84,15 +84,42 @@ INLINE vf fma_once(vf a, vf b, vf c) {
 // one whose values are all below 2^-100 counts as zero.
 struct CodedRows {
   int32_t* words;   // [m][stride]
-  float* steps;     // [m][groups]
-  float* shifts;    // [m][groups]: step * sum of the codes
-  int32_t* sums;    // [m][groups]: of the codes
-  int64_t stride, groups;
+  float* steps;     // [groups][m]
+  float* shifts;    // [groups][m]: step * sum of the codes
+  int32_t* starts;  // [groups][m]: sum of the codes times what the weight's codes are too large by, negated
+  int64_t stride, groups, m;
 
   static INLINE int64_t blocks(int64_t k) { return (k + kGroup - 1) / kGroup; }
   // Whole cache lines and an odd number of them: rows of a tile must not meet in the same few sets of the cache.
   static INLINE int64_t stride_of(int64_t k) { return ((blocks(k) * kQuads * kWords + 15) / 16 | 1) * 16; }
 };
+
+// Lanes i and i + VL / 2 meet, then i and i + VL / 4, down to one.
+template <class Op>
+INLINE int32_t reduce(vi v, Op&& op) {
+#if ARGOSY_VL == 16
+  v = op(v, (vi)_mm512_shuffle_i32x4((__m512i)v, (__m512i)v, 0x4e));
+  v = op(v, (vi)_mm512_shuffle_i32x4((__m512i)v, (__m512i)v, 0xb1));
+  v = op(v, (vi)_mm512_shuffle_epi32((__m512i)v, _MM_PERM_BADC));
+  v = op(v, (vi)_mm512_shuffle_epi32((__m512i)v, _MM_PERM_CDAB));
+#elif ARGOSY_VL == 8
+  v = op(v, (vi)_mm256_permute2x128_si256((__m256i)v, (__m256i)v, 1));
+  v = op(v, (vi)_mm256_shuffle_epi32((__m256i)v, 0x4e));
+  v = op(v, (vi)_mm256_shuffle_epi32((__m256i)v, 0xb1));
+#else
+  v = op(v, vi{v[2], v[3], v[0], v[1]});
+  v = op(v, vi{v[1], v[0], v[3], v[2]});
+#endif
+  return v[0];
+}
+
+INLINE int32_t max_of(vi v) {
+  return reduce(v, [](vi a, vi b) INLINE_LAMBDA { return a > b ? a : b; });
+}
+
+INLINE int32_t sum_of(vi v) {
+  return reduce(v, [](vi a, vi b) INLINE_LAMBDA { return a + b; });
+}
 
 // The greatest magnitude of n floats, as bits: NaN above infinity above numbers.
 INLINE uint32_t peak_of(const float* x, int64_t n) {
@@ -102,8 +129,7 @@ INLINE uint32_t peak_of(const float* x, int64_t n) {
     const vi here = bits<vi>(load<vu>(x + i) & 0x7fffffffu);
     best = best > here ? best : here;
   }
-  int32_t peak = 0;
-  for (int lane = 0; lane < VL; lane++) peak = peak > best[lane] ? peak : best[lane];
+  int32_t peak = max_of(best);
   for (; i < n; i++) {
     const int32_t here = int32_t(bits<uint32_t>(x[i]) & 0x7fffffffu);
     peak = peak > here ? peak : here;
@@ -124,8 +150,8 @@ struct Step {
   }
 };
 
-// Codes of 32 values, round(x * inverse) to nearest even; returns their sum.
-INLINE int32_t encode_block(const float* x, float inverse, int32_t* words) {
+// Codes of 32 values, round(x * inverse) to nearest even; returns sums of them.
+INLINE vi encode_block(const float* x, float inverse, int32_t* words) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   alignas(64) int8_t codes[kGroup];
   vi sum = {};
@@ -143,45 +169,44 @@ INLINE int32_t encode_block(const float* x, float inverse, int32_t* words) {
       words[q * kWords + kWords - 1] = int32_t(uint32_t(uint16_t(c[1])) | uint32_t(uint16_t(c[3])) << 16);
     }
   }
-  int32_t total = 0;
-  for (int lane = 0; lane < VL; lane++) total += sum[lane];
-  return total;
+  return sum;
 }
 
 // Codes of one row, in groups of `group` values (a multiple of 32, or all of them).
-inline void encode_row(const float* x, int64_t k, int64_t group, const CodedRows& to, int64_t row) {
+inline void encode_row(const float* x, int64_t k, int64_t group, int32_t excess, const CodedRows& to, int64_t row) {
   int32_t* words = to.words + row * to.stride;
   for (int64_t g = 0; g < to.groups; g++) {
     const int64_t first = g * group, last = first + group < k ? first + group : k;
     const Step step(peak_of(x + first, last - first));
-    int32_t sum = 0;
+    vi sums = {};
     for (int64_t i = first; i < last; i += kGroup) {
       int32_t* block = words + i / 4 * kWords;
       if (step.inverse == 0) {
         std::memset(block, 0, kQuads * kWords * 4);
       } else if (i + kGroup <= last) {
-        sum += encode_block(x + i, step.inverse, block);
+        sums += encode_block(x + i, step.inverse, block);
       } else {
         alignas(64) float padded[kGroup] = {};
         std::memcpy(padded, x + i, size_t(last - i) * 4);
-        sum += encode_block(padded, step.inverse, block);
+        sums += encode_block(padded, step.inverse, block);
       }
     }
-    to.steps[row * to.groups + g] = step.step;
-    to.sums[row * to.groups + g] = sum;
-    to.shifts[row * to.groups + g] = step.step * float(sum);
+    const int32_t sum = sum_of(sums);
+    to.steps[g * to.m + row] = step.step;
+    to.starts[g * to.m + row] = -excess * sum;
+    to.shifts[g * to.m + row] = step.step * float(sum);
   }
 }
 
-inline CodedRows encode_rows(const Linear& a, int64_t group) {
+inline CodedRows encode_rows(const Linear& a, int64_t group, int32_t excess) {
   CodedRows x;
-  x.stride = CodedRows::stride_of(a.k), x.groups = (a.k + group - 1) / group;
+  x.m = a.m, x.stride = CodedRows::stride_of(a.k), x.groups = (a.k + group - 1) / group;
   float* memory = pool().shared().floats(size_t(a.m * (x.stride + 3 * x.groups)));
   x.words = reinterpret_cast<int32_t*>(memory);
   x.steps = memory + a.m * x.stride;
   x.shifts = x.steps + a.m * x.groups;
-  x.sums = reinterpret_cast<int32_t*>(x.shifts + a.m * x.groups);
-  auto encode = [&](int64_t row, int) { encode_row(a.x + row * a.k, a.k, group, x, row); };
+  x.starts = reinterpret_cast<int32_t*>(x.shifts + a.m * x.groups);
+  auto encode = [&](int64_t row, int) { encode_row(a.x + row * a.k, a.k, group, excess, x, row); };
   if (a.m * a.k > 65536)
     pool().run(a.m, encode);
   else
@@ -214,7 +239,7 @@ INLINE void multiply_rows_by(int rows, const CodedRows& x, int64_t row, const ch
 template <class Weight>
 void linear_by_codes(const Linear& a, const float* scales) {
   Pool& threads = pool();
-  const CodedRows x = encode_rows(a, Weight::group(a.k));
+  const CodedRows x = encode_rows(a, Weight::kGroupSize, Weight::kExcess);
   const Cut cut(a.m, a.n, Weight::kMaxRows, threads.num_threads());
   const int64_t steps = Weight::steps(a.k), panel_bytes = steps * Weight::kBytes;
   // What is fetched ahead: see linear_by_dot.

@@ -17,13 +17,14 @@ namespace argosy {
 template <bool HasOffsets>
 struct Int4 {
   static constexpr int kPairs = kHalf / VL, kMaxRows = VL == 16 ? 6 : 2;
+  static constexpr int64_t kGroupSize = kGroup;
+  static constexpr int32_t kExcess = HasOffsets ? 0 : 8;
   static constexpr int64_t kCodes = kQuads * 64, kBytes = kCodes + kPanel * (HasOffsets ? 4 : 2);  // per group
 
-  static INLINE int64_t group(int64_t) { return kGroup; }
   static INLINE int64_t steps(int64_t k) { return k / kGroup; }
 
   template <int R>
-  static void multiply(const CodedRows& x, int64_t row, const char* panel, const float*, int64_t steps,
+  static __attribute__((noinline)) void multiply(const CodedRows& x, int64_t row, const char* panel, const float*, int64_t steps,
                        const char* ahead, int64_t pace, float* tile) {
     const RowWords<R> rows(x, row);
     for (int pair = 0; pair < kPairs; pair++) {
@@ -39,7 +40,7 @@ struct Int4 {
         vi sum[R][2];
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
-          sum[r][0] = sum[r][1] = HasOffsets ? vi{} : splat(-8 * x.sums[(row + r) * x.groups + g]);
+          sum[r][0] = sum[r][1] = HasOffsets ? vi{} : splat(x.starts[g * x.m + row + r]);
 #pragma GCC unroll 8
         for (int q = 0; q < kQuads; q++) {
           const vu both = load<vu>(block + q * 64 + pair * VL * 4);
@@ -59,7 +60,7 @@ struct Int4 {
           if constexpr (HasOffsets) offset = widen_half(load<vh>(scales + (kPanel + h * kHalf) * 2));
 #pragma GCC unroll 12
           for (int r = 0; r < R; r++) {
-            const int64_t at = (row + r) * x.groups + g;
+            const int64_t at = g * x.m + row + r;
             const vf dot = __builtin_convertvector(sum[r][h], vf);
             total[r][h] = fma_once(dot, scale * splat(x.steps[at]), total[r][h]);
             if constexpr (HasOffsets) total[r][h] = fma_once(offset, splat(x.shifts[at]), total[r][h]);

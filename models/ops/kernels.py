@@ -27,9 +27,10 @@ class LayerKV:
 class PackedLinear:
     """A weight [out_features, in_features] in the layout of the kernels that packed it.
 
-    format: "plain" (floating point); "int8" (codes -127..127 with a scale per output; x is quantised per
-        token); "int4" (codes 0..15 in groups of GROUP_SIZE inputs with a scale and, unless they are
-        symmetric around 8, an offset per group).
+    format: "plain" (floating point); "int8" (codes -127..127 with a scale per output); "int4" (codes 0..15
+        in groups of GROUP_SIZE inputs with a scale and, unless they are symmetric around 8, an offset per
+        group). Activations that meet integers are quantised to -127..127 as they come, with a scale per
+        token and INT8_SPAN or GROUP_SIZE inputs.
     """
 
     data: torch.Tensor
@@ -53,6 +54,7 @@ class PackedLinear:
 
 
 FORMATS = ("plain", "int8", "int4")
+INT8_SPAN = 64  # inputs of a token that share a scale where they meet int8 weights
 GROUP_SIZE = 32  # inputs that share a scale in int4, as in GGUF's Q4_0 and Q4_1
 
 GATES = ("silu", "gelu_tanh", "gelu")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from models.batch import Batch
 from models.ops.codes import check_codes, check_size, code_activations, round_int4, round_int8, split_codes
-from models.ops.kernels import ACTIVATIONS, FORMATS, GATES, GROUP_SIZE, LayerKV, PackedLinear
+from models.ops.kernels import ACTIVATIONS, FORMATS, GATES, GROUP_SIZE, INT8_SPAN, LayerKV, PackedLinear
 
 
 class ReferenceKernels:
@@ -90,9 +90,9 @@ class ReferenceKernels:
 
     def _as_coded(self, x: torch.Tensor, format: str) -> torch.Tensor:
         """The values that remain of x when it is quantised."""
-        group = GROUP_SIZE if format == "int4" else x.shape[1]
+        group = GROUP_SIZE if format == "int4" else INT8_SPAN
         codes, steps, _ = code_activations(x, group)
-        return codes.to(self._wide) * steps.to(self._wide).repeat_interleave(group, dim=1)
+        return codes.to(self._wide) * steps.to(self._wide).repeat_interleave(group, dim=1)[:, : x.shape[1]]
 
     def _values(self, weight: PackedLinear) -> torch.Tensor:
         """[out, in], widened."""

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 
 from models.batch import Batch
 from models.ops.codes import code_activations, split_codes
-from models.ops.kernels import GATES, GROUP_SIZE, LayerKV, PackedLinear
+from models.ops.kernels import GATES, GROUP_SIZE, INT8_SPAN, LayerKV, PackedLinear
 from models.ops.reference import ReferenceKernels
 
 ROWS = 16  # of a linear's block, and queries of an attention tile
 KEYS = 128  # keys of an attention tile
-EXACT_INPUTS = 1024  # so many products of codes, 127 * 127 each, sum exactly in fp32
 VALUES = 4096  # of an elementwise block: whole vectors, and too few for torch to share among threads
 
 
@@ -37,7 +36,7 @@ class TiledKernels(ReferenceKernels):
         """Turns `is_exact` off if, on this machine, a row's bits depend on its place in a block.
 
         That is the BLAS's business and differs between machines and shapes, so every weight is tried with equal rows.
-        Products of codes are sums of integers that fp32 holds exactly in any order.
+        Sums of products of codes over a group are integers that fp32 holds exactly, in any order.
         """
         packed = super().empty_packed(out_features, in_features, dtype, format, has_offsets)
         if format != "plain":
@@ -67,13 +66,14 @@ class TiledKernels(ReferenceKernels):
         return out if residual is None else residual.add_(out)
 
     def _multiply_int8(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """Span by span, in order."""
         assert weight.scales is not None
-        codes, steps, _ = code_activations(x, x.shape[1])
-        total = torch.zeros(len(x), weight.out_features, dtype=torch.int32)
-        for first in range(0, weight.in_features, EXACT_INPUTS):
-            here = slice(first, first + EXACT_INPUTS)
-            total += F.linear(codes[:, here].float(), weight.data[:, here].float()).int()
-        return total.float() * (steps * weight.scales)
+        codes, steps, _ = code_activations(x, INT8_SPAN)
+        total = torch.zeros(len(x), weight.out_features)
+        for g in range(steps.shape[1]):
+            here = slice(g * INT8_SPAN, (g + 1) * INT8_SPAN)
+            total += F.linear(codes[:, here].float(), weight.data[:, here].float()) * steps[:, g : g + 1]
+        return total * weight.scales
 
     def _multiply_int4(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
         """Group by group, in order."""

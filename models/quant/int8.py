@@ -1,7 +1,8 @@
-"""W8A8: weights in 8 bits with a scale per output, activations quantised per token as they come.
+"""W8A8: weights in 8 bits with a scale per output, activations as they come with one per token and 64 inputs.
 
-Scheme: absolute maxima over rows of both sides, symmetric (vector-wise quantisation, Dettmers et al. 2022, without its
-separate treatment of outliers). Sums are exact in int32, so a row's bits depend on nothing but the row (C4).
+Absolute maxima on both sides, symmetric. A few inputs of language models are a hundred times larger than the others
+(Dettmers et al. 2022 compute those in 16 bits); short spans keep what they cost to themselves. Sums are exact in int32,
+so a row's bits depend on nothing but the row (C4).
 """
 
 from __future__ import annotations
