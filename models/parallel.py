@@ -88,13 +88,27 @@ class Group:
         when the heads cannot be divided evenly.
         """
         if num_heads % self.size:
-            raise ModelError(f"num_attention_heads {num_heads} cannot be divided among {self.size} ranks")
+            raise ModelError(
+                f"num_attention_heads {num_heads} cannot be divided among {self.size} ranks; "
+                f"{_sizes(num_heads, num_kv_heads)} would do"
+            )
         if num_kv_heads % self.size == 0:
             return self.share(num_heads), self.share(num_kv_heads)
         if self.size % num_kv_heads:
-            raise ModelError(f"num_key_value_heads {num_kv_heads} cannot be divided among {self.size} ranks")
+            raise ModelError(
+                f"num_key_value_heads {num_kv_heads} cannot be divided among {self.size} ranks; "
+                f"{_sizes(num_heads, num_kv_heads)} would do"
+            )
         kv_head = self.rank * num_kv_heads // self.size
         return self.share(num_heads), range(kv_head, kv_head + 1)
+
+
+def _sizes(num_heads: int, num_kv_heads: int) -> str:
+    """The group sizes among which the heads can be divided."""
+    sizes = [
+        n for n in range(1, num_heads + 1) if num_heads % n == 0 and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
+    ]
+    return ", ".join(map(str, sizes))
 
 
 def sum_in_order(parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:

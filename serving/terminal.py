@@ -145,7 +145,7 @@ def _gigabytes(done_bytes: int, seconds: float, total_bytes: int | None = None) 
     """ "3.1 of 8.0 GB, 2.4 GB/s"; small models in MB."""
     scale, unit = (1e9, "GB") if (total_bytes or done_bytes) >= 1e9 else (1e6, "MB")
     of_total = "" if total_bytes is None else f" of {total_bytes / scale:.1f}"
-    return f"{done_bytes / scale:.1f}{of_total} {unit}, {done_bytes / 1e9 / max(seconds, 1e-9):.1f} GB/s"
+    return f"{done_bytes / scale:.1f}{of_total} {unit}, {done_bytes / 1e9 / max(seconds, 1e-9):.3g} GB/s"
 
 
 def printable(line: str) -> str:
