@@ -81,8 +81,11 @@ def test_a_tied_model_reads_its_embedding_as_head(tmp_path: Path) -> None:
     assert model.num_parameters == sum(tensor.numel() for tensor in load_file(folder / SINGLE_FILE).values())
     assert model.weight_bytes == 4 * model.num_parameters
     expected = logits(model)
-    rewrite(folder, lm_head__weight=torch.zeros(131, 80))  # a stored copy is not believed
+    table = load_file(folder / SINGLE_FILE)["model.embed_tokens.weight"]
+    rewrite(folder, lm_head__weight=table)  # some exports store the copy, too
     assert torch.equal(logits(load(folder)), expected)
+    rewrite(folder, lm_head__weight=2 * table)  # and one that says otherwise is taken at its word
+    assert torch.equal(logits(load(folder)), 2 * expected)
 
 
 def test_old_exports_hold_a_rotary_buffer(folder: Path) -> None:
