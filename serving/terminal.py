@@ -145,7 +145,8 @@ def _gigabytes(done_bytes: int, seconds: float, total_bytes: int | None = None) 
     """ "3.1 of 8.0 GB, 2.4 GB/s"; small models in MB."""
     scale, unit = (1e9, "GB") if (total_bytes or done_bytes) >= 1e9 else (1e6, "MB")
     of_total = "" if total_bytes is None else f" of {total_bytes / scale:.1f}"
-    return f"{done_bytes / scale:.1f}{of_total} {unit}, {done_bytes / 1e9 / max(seconds, 1e-9):.3g} GB/s"
+    rate = done_bytes / 1e9 / max(seconds, 1e-9)
+    return f"{done_bytes / scale:.1f}{of_total} {unit}, {rate:.{1 if rate >= 0.1 else 3}f} GB/s"
 
 
 def printable(line: str) -> str:

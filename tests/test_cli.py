@@ -36,7 +36,8 @@ def test_help_is_there(command: list[str]) -> None:
 def test_every_flag_that_scripts_rely_on_is_there() -> None:
     text = argosy("serve", "--help").stdout
     fixed = """model served-model-name host port runtime replicas gateways tensor-parallel-size pipeline-parallel-size
-        dtype quantization collectives device max-model-len max-num-seqs max-num-batched-tokens kv-cache-bytes seed config print-config"""
+        dtype quantization collectives weight-cache device max-model-len max-num-seqs max-num-batched-tokens
+        kv-cache-bytes seed config print-config"""
     for flag in fixed.split():
         assert f"--{flag} " in text, flag
 
