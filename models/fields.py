@@ -12,6 +12,7 @@ from models.config import Experts, LinearScaling, Llama3Scaling, ModelError, Rot
 
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_SIZE = 1 << 24  # no dimension of a real model comes near; beyond it a config is broken or hostile
+_MAX_NUMBER = 1e38  # of constants: they become fp32
 _MAX_LAYERS = 1 << 12  # likewise; every stage counts through all layers, which must not take minutes
 _MAX_EXPERTS = 1 << 14  # likewise, in every layer
 
@@ -86,8 +87,10 @@ class Fields:
 
     def positive(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        if type(value) not in (int, float) or not value > 0:  # which NaN is not either
             raise ModelError(f"{self.where}{name} must be a positive number; got {shown(value)}")
+        if value > _MAX_NUMBER:
+            raise ModelError(f"{self.where}{name} must be at most {_MAX_NUMBER:g}; got {shown(value)}")
         return float(value)
 
     def cap(self, name: str) -> float:
@@ -215,10 +218,10 @@ class Fields:
             settings["partial_rotary_factor"] = self.values.get("partial_rotary_factor")
         rope = Fields(settings, f"{self.where}{name}: " if nested else self.where)
         part = rope.positive("partial_rotary_factor", default_part)
-        size = int(head_size * part)
         if part > 1 or (part != 1 and not is_partial):
             limit = "at most 1" if is_partial else "1"
             raise ModelError(f"{rope.where}partial_rotary_factor must be {limit}; got {part:g}")
+        size = int(head_size * part)
         if not size or size % 2:
             raise ModelError(f"{rope.where}head_dim must be even for rotary embeddings; got {part:g} of {head_size}")
         return Rotary(theta=rope.positive("rope_theta", default_theta), size=size, scaling=self._scaling(rope))

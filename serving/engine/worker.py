@@ -94,6 +94,9 @@ class Worker:
             self.config = load_config(settings.model_dir)
             self.max_model_len = self._model_len(settings.max_model_len)
             self._kernels = select_kernels(self._device, self._dtype)
+            # Before gigabytes are read: a context for which there is no room, and heads that the kernels do not take.
+            self._num_blocks()
+            self._kv_cache(num_blocks=2)
             self.model: CausalLM = load_model(
                 settings.model_dir,
                 dtype=self._dtype,
@@ -119,9 +122,7 @@ class Worker:
     def allocate(self, num_blocks: int) -> None:
         """Make the KV cache; plans may come. num_blocks: the fewest that any rank of the gang can hold."""
         settings, started = self.settings, time.perf_counter()
-        kv_cache = KVCache(
-            self.config, self._kernels, num_blocks, settings.block_size, self._dtype, self._stages, self._group
-        )
+        kv_cache = self._kv_cache(num_blocks)
         logits_size = self.model.logits_size
         known_ids = tokenizer_size(settings.model_dir, logits_size)
         sampling = SamplingRows(settings.max_num_seqs, logits_size, known_ids, self.config.eos_token_ids)
@@ -153,6 +154,11 @@ class Worker:
     def run(self, words: Int32Array) -> StepResult:
         """Execute one encoded plan."""
         return self.runner.run(words)
+
+    def _kv_cache(self, num_blocks: int) -> KVCache:
+        return KVCache(
+            self.config, self._kernels, num_blocks, self.settings.block_size, self._dtype, self._stages, self._group
+        )
 
     def _model_len(self, asked: int | None) -> int:
         limit = self.config.max_position_embeddings

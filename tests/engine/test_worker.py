@@ -1,13 +1,15 @@
-"""How a worker loads: what it tells, and what it keeps for the next start."""
+"""How a worker loads: what it refuses, what it tells, and what it keeps for the next start."""
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from serving.errors import ModelLoadError
 from tests.engine.real import make_worker
 from tests.tiny import tiny_model_folder
 
@@ -59,3 +61,20 @@ def test_nothing_is_kept_unless_asked(folder: Path) -> None:
     make_worker(folder, quantization="int8")
     saved()
     assert set(folder.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"head_dim": 258}, "head_size must be even and at most 256; got 258"),
+        ({"max_position_embeddings": 1 << 24}, "fewer than one request of 16777216: lower --max-model-len to"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_weights_are_read(
+    folder: Path, tmp_path: Path, fields: dict[str, int], words: str
+) -> None:
+    """There are none here."""
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(ModelLoadError, match=words):
+        make_worker(tmp_path, max_model_len=None)
