@@ -7,6 +7,7 @@ import mmap
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,12 @@ _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
 
 
+class _Sample(NamedTuple):
+    read_bytes_s: float
+    flops_s: float
+    int8_ops_s: float
+
+
 class CeilingMeter:
     """Samples the ceilings beside the workload; the ceiling of a run is the median of its samples.
 
@@ -24,34 +31,38 @@ class CeilingMeter:
         huge pages where the system grants them (address translation is no physical limit).
     flops: the fastest of fp32 and bf16 matmul at 2048³ through torch. On processors with bf16 dot products
         that is bf16; whatever arithmetic our kernels use, they are held against it.
+    int8_ops: products and sums of int8 matmul at 2048³ through torch (`torch._int_mm`).
     """
 
     def __init__(self, footprint_bytes: int) -> None:
         self._buffers = [_huge_ones(footprint_bytes) for _ in range(_COPIES)]
         self._matrices = [torch.randn(2048, 2048).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
-        self._samples: list[Ceilings] = []
+        self._codes = torch.randint(-127, 128, (2048, 2048), dtype=torch.int8)
+        self._samples: list[_Sample] = []
 
     def sample(self, seconds: float = 0.5) -> None:
         """One sample: the best rate within a fraction of a second."""
-        size = self._buffers[0].nbytes
-        read = max(_rate(seconds / 3, size, [b.sum for b in self._buffers]), 1.0)
-        flops = max(_rate(seconds / 3, 2 * 2048**3, [lambda a=a: a @ a]) for a in self._matrices)
-        self._samples.append(Ceilings(read, flops))
-
-    @property
-    def ceilings(self) -> Ceilings:
-        return Ceilings(
-            statistics.median(sample.read_bytes_s for sample in self._samples),
-            statistics.median(sample.flops_s for sample in self._samples),
+        size, work, codes = self._buffers[0].nbytes, 2 * 2048**3, self._codes
+        self._samples.append(
+            _Sample(
+                max(_rate(seconds / 4, size, [b.sum for b in self._buffers]), 1.0),
+                max(_rate(seconds / 4, work, [lambda a=a: a @ a]) for a in self._matrices),
+                _rate(seconds / 4, work, [lambda: torch._int_mm(codes, codes.T)]),
+            )
         )
+
+    def ceilings(self, is_integer: bool = False) -> Ceilings:
+        """For linears in floating point or in int8; attention is in floating point."""
+        found = [statistics.median(values) for values in self._by_kind()]
+        return Ceilings(found[0], found[2] if is_integer else found[1], found[1])
 
     @property
     def spread(self) -> float:
-        """Half the distance between the quartiles of the samples, relative to the median: the larger of both rates."""
-        return max(
-            _relative_spread([sample.read_bytes_s for sample in self._samples]),
-            _relative_spread([sample.flops_s for sample in self._samples]),
-        )
+        """Half the distance between the quartiles of the samples, relative to the median: the largest of all rates."""
+        return max(_relative_spread(values) for values in self._by_kind())
+
+    def _by_kind(self) -> list[list[float]]:
+        return [list(values) for values in zip(*self._samples, strict=True)]
 
 
 def _relative_spread(values: list[float]) -> float:
