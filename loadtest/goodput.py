@@ -12,7 +12,7 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True):
     """What a request must meet, besides succeeding. None = that limit is not part of the promise.
 
     A request's inter-token latency is the `itl_percentile`-th percentile of its own gaps, by nearest rank: with 100
-    every gap counts, with 99 one in a hundred may be longer (none, in a stream of fewer than 100 gaps). An answer that is
+    every gap counts, with 99 one in a hundred may be longer (none in a stream of fewer than 100). An answer that is
     not streamed shows its first token at its end. Raises ValueError naming what is wrong.
     """
 
