@@ -9,7 +9,7 @@ import numpy as np
 from loadtest.table import Bools, Floats, Table
 
 MAX_SLICES = 120
-MIN_PER_SLICE = 20  # requests, on average: below that a p99 is a maximum of a few
+MIN_PER_SLICE = 40  # requests, on average: below that a p99 is a maximum of a few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Series:
 
     edges_s: Floats  # [s + 1] seconds of the run
     ttft_s: dict[int, Floats]  # percentile -> [s], by intended send time
+    e2e_s: dict[int, Floats]  # percentile -> [s], by intended send time
     itl_s: dict[int, Floats]  # percentile -> [s], by the time at which a gap ended
     offered_per_s: Floats  # [s]
     completed_per_s: Floats  # [s]
@@ -53,6 +54,7 @@ def over_time(table: Table, is_good: Bools, percentiles: tuple[int, ...] = (50, 
     return Series(
         edges_s=edges,
         ttft_s=_percentiles(table.intended_s, table.ttft_s, edges, percentiles),
+        e2e_s=_percentiles(table.intended_s, table.e2e_s, edges, percentiles),
         itl_s=_percentiles(table.gap_end_s[is_token], table.gap_s[is_token], edges, percentiles),
         offered_per_s=per_s(table.intended_s),
         completed_per_s=per_s(ends[is_ok]),

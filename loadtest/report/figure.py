@@ -17,7 +17,7 @@ Point = tuple[float, float]
 Anchor = Literal["start", "middle", "end"]
 
 WIDTH, HEIGHT = 720, 280
-LEFT, RIGHT, TOP, BOTTOM = 66, 18, 34, 42
+LEFT, RIGHT, TOP, BOTTOM = 78, 18, 34, 42
 TEXT_SIZE = 12
 CHARACTER_WIDTH = 6.3  # at TEXT_SIZE, on average: enough to set a legend
 
@@ -57,6 +57,7 @@ class Text:
     anchor: Anchor = "start"
     tone: str = "muted"
     is_vertical: bool = False  # reads upwards
+    has_halo: bool = False  # stands out from lines that it crosses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,11 +182,21 @@ class Figure:
             x = self._x(np.array([rule.at]))[0]
             yield Line(((x, TOP), (x, HEIGHT - BOTTOM)), rule.tone, 1.4, True)
             is_right = x > WIDTH * 0.7
-            yield Text(x - 5 if is_right else x + 5, TOP + 11, rule.label, "end" if is_right else "start", rule.tone)
+            middle = TOP + 0.45 * (HEIGHT - TOP - BOTTOM)
+            yield Text(
+                x - 5 if is_right else x + 5,
+                middle,
+                rule.label,
+                "end" if is_right else "start",
+                rule.tone,
+                has_halo=True,
+            )
         else:
             y = self._y(np.array([rule.at]))[0]
             yield Line(((LEFT, y), (WIDTH - RIGHT, y)), rule.tone, 1.4, True)
-            yield Text(WIDTH - RIGHT - 4, y + 14 if y < TOP + 16 else y - 5, rule.label, "end", rule.tone)
+            yield Text(
+                WIDTH - RIGHT - 4, y + 14 if y < TOP + 16 else y - 5, rule.label, "end", rule.tone, has_halo=True
+            )
 
     def _legend(self) -> Iterator[Mark]:
         x, y = float(LEFT), 16.0

@@ -34,6 +34,7 @@ def of_run(run: Recorded, objective: Objective) -> list[tuple[str, Figure]]:
             _percentiles_over_time("Time to first token", seen, seen.ttft_s, objective.ttft_s, chapters),
         ),
         ("itl-over-time", _percentiles_over_time("Inter-token latency", seen, seen.itl_s, objective.itl_s, chapters)),
+        ("e2e-over-time", _percentiles_over_time("End to end", seen, seen.e2e_s, objective.e2e_s, chapters)),
         ("tokens-over-time", _tokens_over_time(seen, chapters)),
         ("in-flight-over-time", _in_flight_over_time(seen, chapters)),
     ]
@@ -90,7 +91,7 @@ def _against_throughput(what: str, done: Floats, values: dict[int, list[float]],
     return Figure(
         f"{what} against throughput",
         fitted("requests/s completed", [done], is_log=False),
-        fitted(what.lower(), [*columns.values(), *_limit(limit)], words.duration),
+        fitted(what.lower(), [*columns.values(), *_limit(limit)], words.tick),
         tuple(
             Series(f"p{percentile}", done, column, PERCENTILE_TONES[percentile], "linked")
             for percentile, column in columns.items()
@@ -107,7 +108,7 @@ def _percentiles_over_time(
     return Figure(
         f"{what} over time",
         _time_axis(seen),
-        fitted(what.lower(), [*rows.values(), *_limit(limit)], words.duration),
+        fitted(what.lower(), [*rows.values(), *_limit(limit)], words.tick),
         tuple(Series(f"p{name}", middles, row, PERCENTILE_TONES[name]) for name, row in rows.items()),
         (*chapters, *_promise(limit)),
         _hovers(seen, {f"p{name}": row for name, row in rows.items()}, words.duration),
@@ -167,6 +168,7 @@ def _distributions(table: Table, objective: Objective) -> list[tuple[str, Figure
             {"every gap": table.gap_s[is_ok[table.gap_owner]], "longest gap of a request": table.max_gap_s},
             objective.itl_s,
         ),
+        ("tpot", "Time per output token", {"of a request, after its first": table.tpot_s}, None),
         ("e2e", "End to end", {"all requests": table.e2e_s}, objective.e2e_s),
     ]
     return [(f"{name}-distribution", _distribution(title, rows, limit)) for name, title, rows, limit in latencies]
@@ -178,7 +180,7 @@ def _distribution(what: str, rows: dict[str, Floats], limit: float | None) -> Fi
     known = {name: row for name, row in known.items() if len(row)}
     if not known:
         return Figure(what, Axis("", 0, 1), Axis("", 0, 1), ())
-    axis = fitted(what.lower(), [*known.values(), *_limit(limit)], words.duration, is_log=True)
+    axis = fitted(what.lower(), [*known.values(), *_limit(limit)], words.tick, is_log=True)
     edges = np.geomspace(axis.low, axis.high, NUM_BINS + 1)
     series = []
     for index, (name, row) in enumerate(known.items()):
@@ -220,7 +222,7 @@ def _limit(limit: float | None) -> list[Floats]:
 
 
 def _promise(limit: float | None) -> tuple[Rule, ...]:
-    return () if limit is None else (Rule(limit, f"objective {words.duration(limit)}", False),)
+    return () if limit is None else (Rule(limit, f"objective {words.tick(limit)}", False),)
 
 
 def _hovers(

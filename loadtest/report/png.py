@@ -68,8 +68,11 @@ class _Pen:
         font = ImageFont.load_default(size * SCALE)
         anchor = {"start": "l", "middle": "m", "end": "r"}[mark.anchor]
         x, y = self._at((mark.x, mark.y))
+        halo = 2 * SCALE if mark.has_halo else 0
         if not mark.is_vertical:
-            self.draw.text((x, y), mark.text, LIGHT[mark.tone], font, anchor + "s")
+            self.draw.text(
+                (x, y), mark.text, LIGHT[mark.tone], font, anchor + "s", stroke_width=halo, stroke_fill=LIGHT["page"]
+            )
             return
         left, top, right, bottom = (math.ceil(edge) for edge in font.getbbox(mark.text))
         mask = Image.new("L", (right - min(left, 0), bottom - min(top, 0)))

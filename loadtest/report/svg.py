@@ -32,7 +32,7 @@ def _element(mark: Mark) -> str:
         case Text():
             turn = f' transform="rotate(-90 {mark.x:.1f} {mark.y:.1f})"' if mark.is_vertical else ""
             return (
-                f'<text class="t {mark.tone}" x="{mark.x:.1f}" y="{mark.y:.1f}" text-anchor="{mark.anchor}"{turn}>'
+                f'<text class="t {mark.tone}{" halo" if mark.has_halo else ""}" x="{mark.x:.1f}" y="{mark.y:.1f}" text-anchor="{mark.anchor}"{turn}>'
                 f"{escape(mark.text)}</text>"
             )
         case Hover():

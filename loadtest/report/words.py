@@ -21,6 +21,12 @@ def duration(seconds: float) -> str:
     return "0 ms" if seconds == 0 else f"{digits(seconds * 1e6)} µs"
 
 
+def tick(seconds: float) -> str:
+    """A duration without trailing zeros, for axes: `0.05` -> `50 ms`."""
+    amount, _, unit = duration(seconds).partition(" ")
+    return f"{amount.rstrip('0').rstrip('.') if '.' in amount else amount} {unit}".rstrip()
+
+
 def number(value: float) -> str:
     """`1234567` -> `1.23 M`; whole numbers below 10,000 stay as they are."""
     if math.isnan(value):
