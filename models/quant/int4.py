@@ -37,15 +37,15 @@ class Int4:
 
     def load(self, reader: WeightReader, parts: Sequence[WeightPart]) -> PackedWeight:
         stored = [has_codes(reader, part) for part in parts]
-        for part, is_stored in zip(parts, stored, strict=True):
-            if not _is_whole(part.columns, part.shape[1]):
-                if not is_stored:
-                    return self._plain.load(reader, parts)
-                columns = part.columns or range(part.shape[1])
-                raise ModelError(
-                    f"{part.name} is stored in groups of {GROUP_SIZE} inputs, which inputs {columns.start} to "
-                    f"{columns.stop} of {part.shape[1]} would cut: choose another number of tensor-parallel ranks"
-                )
+        if not all(_is_whole(part.columns, part.shape[1]) for part in parts):
+            if not any(stored):
+                return self._plain.load(reader, parts)
+            part = parts[stored.index(True)]
+            columns = part.columns or range(part.shape[1])
+            raise ModelError(
+                f"{part.name} is stored in groups of {GROUP_SIZE} inputs, which inputs {columns.start} to "
+                f"{columns.stop} of {part.shape[1]} would cut: choose another number of tensor-parallel ranks"
+            )
         has_offsets = not all(stored) or any(reader.has(f"{part.name}.offsets") for part in parts)
         packed = self._kernels.empty_packed(*stacked_shape(parts), self._dtype, "int4", has_offsets)
         if not any(stored):
