@@ -1,13 +1,14 @@
 """Two runs side by side: what got better, what got worse, and what cannot be told.
 
-Each metric has a change, an interval for it, and a verdict. The interval is from a bootstrap over requests, seeded: runs
-of consecutive requests are drawn with replacement (a block of about n^(1/3) of them, because neighbours wait in the same
-queue and are no independent witnesses), the metric is taken of each draw of A and of B, and the interval holds 99 %
-of the changes. A change counts when it is at least the threshold and its interval excludes no change; one that is
-that large with an interval that does not exclude it is called unclear.
+Each metric has a change, an interval for it, and a verdict. The interval is from a bootstrap over requests, seeded:
+blocks of consecutive requests are drawn with replacement (about n^(1/3) requests each, because neighbours wait in the
+same queue and are no independent witnesses), the metric is taken of each draw of A and of B, and the interval holds
+99 % of the changes. A change counts when it is at least the threshold and its interval excludes no change; one that is
+that large with an interval that does not exclude it is called unclear. The interval knows these two runs alone: what
+would differ between two runs of the same server on another day, it cannot see.
 
-Source: B. Efron, R. Tibshirani, An Introduction to the Bootstrap (1993), ch. 8; H. Künsch, The Jackknife and the Bootstrap
-for General Stationary Observations, Ann. Statist. 17 (1989).
+Source: B. Efron, R. Tibshirani, An Introduction to the Bootstrap (1993), ch. 8; H. Künsch, The Jackknife and the
+Bootstrap for General Stationary Observations, Ann. Statist. 17 (1989).
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ def _element(mark: Mark) -> str:
             return f'<circle class="{kind} {mark.tone}" cx="{mark.x:.1f}" cy="{mark.y:.1f}" r="3.5"/>'
         case Text():
             turn = f' transform="rotate(-90 {mark.x:.1f} {mark.y:.1f})"' if mark.is_vertical else ""
+            tones = f"{mark.tone} halo" if mark.has_halo else mark.tone
             return (
-                f'<text class="t {mark.tone}{" halo" if mark.has_halo else ""}" x="{mark.x:.1f}" y="{mark.y:.1f}" text-anchor="{mark.anchor}"{turn}>'
+                f'<text class="t {tones}" x="{mark.x:.1f}" y="{mark.y:.1f}" text-anchor="{mark.anchor}"{turn}>'
                 f"{escape(mark.text)}</text>"
             )
         case Hover():
