@@ -15,6 +15,7 @@ from models.config import ModelConfig, ModelError
 _POSITION_ROWS_BEFORE_ZERO = 2  # of OPT's table; stored, never held
 _INT4_GROUP = 32
 _ANGLE_BYTES = 4  # rotary tables are float32
+_WIDE_BYTES = 4
 _INT8_SCALE_BYTES = 4
 _INT4_SCALE_BYTES = 4  # a float16 scale and offset; codes stored without offsets need half
 
@@ -27,11 +28,12 @@ class _Family:
     has_layer_norm: bool = False  # norms have a bias beside their weight
     norms_per_block: int = 2
     has_positions: bool = False  # learned ones
+    has_wide_norms: bool = False  # their weights are held in fp32 whatever the activations
 
 
 _FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"), _Family()),
-    "gemma3_text": _Family(norms_per_block=4),
+    "gemma3_text": _Family(norms_per_block=4, has_wide_norms=True),
     "gpt2": _Family(is_gated=False, has_layer_norm=True, has_positions=True),
     "gpt_neox": _Family(is_gated=False, has_layer_norm=True),
     "opt": _Family(is_gated=False, has_layer_norm=True, has_positions=True),
@@ -68,6 +70,7 @@ class Share:
     table: int = 0
     vector: int = 0
     angles: int = 0
+    wide: int = 0  # of `vector`, those that are held in fp32
     ragged: int = 0  # of `linear`, those whose inputs here are not whole groups: int4 leaves them as they are
 
     def __add__(self, other: Share) -> Share:
@@ -78,6 +81,7 @@ class Share:
             self.table + other.table,
             self.vector + other.vector,
             self.angles + other.angles,
+            self.wide + other.wide,
             self.ragged + other.ragged,
         )
 
@@ -89,6 +93,7 @@ class Share:
             count * self.table,
             count * self.vector,
             count * self.angles,
+            count * self.wide,
             count * self.ragged,
         )
 
@@ -105,7 +110,8 @@ class Share:
 
     def num_bytes(self, precision: Precision) -> int:
         """Of everything, without the padding of packed weights."""
-        others = self.table * precision.table + self.vector * precision.vector + self.angles * _ANGLE_BYTES
+        vectors = (self.vector - self.wide) * precision.vector + self.wide * _WIDE_BYTES
+        others = self.table * precision.table + vectors + self.angles * _ANGLE_BYTES
         return self.linear_bytes(precision) + int(others)
 
 
@@ -233,7 +239,7 @@ def _block(config: ModelConfig, place: Place, heads: int, kv_heads: int, is_dens
     block += _linear(width, columns, width if config.has_output_bias and is_first else 0)
     block += _norm(config) * _family(config).norms_per_block
     if config.has_head_norm:
-        block += Share(vector=2 * size)
+        block += _norm_weights(config, 2 * size)
     if not is_dense and config.experts is not None:
         router = Share(plain=config.experts.num_experts * width)
         return block + router + _expert(config) * num_experts_of_rank(config, place)
@@ -261,7 +267,11 @@ def _linear(outputs: int, inputs: int | range, num_biases: int = 0) -> Share:
 
 def _norm(config: ModelConfig) -> Share:
     has_bias = _family(config).has_layer_norm and (not isinstance(config, OPTConfig) or config.has_norm_weights)
-    return Share(vector=config.hidden_size * (2 if has_bias else 1))
+    return _norm_weights(config, config.hidden_size * (2 if has_bias else 1))
+
+
+def _norm_weights(config: ModelConfig, count: int) -> Share:
+    return Share(vector=count, wide=count if _family(config).has_wide_norms else 0)
 
 
 def _norms_without_weights(config: OPTConfig) -> int:

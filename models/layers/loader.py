@@ -47,11 +47,10 @@ class Loader:
         """The biases that go with `linear(parts)`, in the activations' type."""
         return torch.cat([self.vector(f"{part.name}.bias", part.shape[0], part.rows) for part in parts])
 
-    def vector(self, name: str, size: int, rows: range | None = None) -> torch.Tensor:
-        """A norm weight or bias, in the activations' type."""
-        vector = torch.empty(
-            size if rows is None else len(rows), dtype=self.kernels.activation_dtype, device=self.device
-        )
+    def vector(self, name: str, size: int, rows: range | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A norm weight or bias, in the activations' type unless said."""
+        dtype = dtype or self.kernels.activation_dtype
+        vector = torch.empty(size if rows is None else len(rows), dtype=dtype, device=self.device)
         self.reader.read_into(vector, self.prefix + name, (size,), rows)
         return vector
 

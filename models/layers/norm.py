@@ -12,9 +12,7 @@ class RMSNorm:
 
     def __init__(self, loader: Loader, name: str, size: int, eps: float, offset: float = 0.0) -> None:
         """offset: added to the stored weights (Gemma stores w - 1)."""
-        self._weight = loader.vector(f"{name}.weight", size)
-        if offset:
-            self._weight += offset
+        self._weight = _offset_weight(loader, name, size, offset)
         self._eps = eps
         self._rms_norm = loader.kernels.rms_norm
         self.num_bytes = self._weight.nbytes
@@ -26,8 +24,15 @@ class RMSNorm:
 
 def head_norms(loader: Loader, size: int, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [size] of the norms of every head of q and k; `loader` is scoped to the attention."""
-    q, k = (loader.vector(f"{name}.weight", size) for name in ("q_norm", "k_norm"))
-    return (q.add_(offset), k.add_(offset)) if offset else (q, k)
+    return _offset_weight(loader, "q_norm", size, offset), _offset_weight(loader, "k_norm", size, offset)
+
+
+def _offset_weight(loader: Loader, name: str, size: int, offset: float) -> torch.Tensor:
+    """Sums in fp32, as in training: 16 bits hold what is stored, but not one more than that."""
+    if not offset:
+        return loader.vector(f"{name}.weight", size)
+    wide = torch.promote_types(loader.kernels.activation_dtype, torch.float32)
+    return loader.vector(f"{name}.weight", size, dtype=wide).add_(offset)
 
 
 class LayerNorm:

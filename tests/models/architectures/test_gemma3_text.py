@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Gemma3TextConfig
 
 from models.architectures.gemma3_text import Gemma3ForCausalLM
 from models.batch import Batch
 from models.config import LinearScaling, Rotary
 from models.ops.kernels import Kernels
+from models.ops.reference import ReferenceKernels
 from models.registry import load_config, load_model
 from tests.models.architectures.parity import SIZES, YARN, Case, transformers_logits
 from tests.models.architectures.parsing import assert_refused, parsed
@@ -79,6 +81,19 @@ def test_embeddings_are_scaled_by_a_rounded_root(tmp_path: Path) -> None:
     ids = torch.tensor([5, 130], dtype=torch.int32)
     batch = Batch(ids, none, none, none, none, none, none, 1, 1)
     assert torch.equal(model.embed(batch), model.embedding(ids) * 9.8125)
+
+
+def test_norms_add_one_in_fp32(tmp_path: Path) -> None:
+    """Where activations are bf16, as on GPUs, as well: there 1.0048828125 would become 1.0078125."""
+    path = folder(tmp_path, rms_norm_eps=1e-6)
+    model = load_model(path, dtype="bfloat16", kernels=ReferenceKernels(torch.bfloat16))
+    stored = load_file(path / "model.safetensors")["model.norm.weight"]
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    wide = x.float()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * (stored + 1)
+    assert isinstance(model, Gemma3ForCausalLM)
+    assert model.norm is not None
+    assert torch.equal(model.norm(x), expected.bfloat16())
 
 
 def test_rotary_settings_of_older_versions() -> None:
