@@ -148,9 +148,8 @@ def read_config(file: GgufFile) -> tuple[dict[str, Any], Sizes]:
         "vocab_size": sizes.vocab,
     }
     for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-        index = file.get(f"tokenizer.ggml.{key}_token_id", int)
-        if index is not None:
-            config[name] = index
+        # None is written as null: a field that is not there means the family's default.
+        config[name] = file.get(f"tokenizer.ggml.{key}_token_id", int)
     return config, sizes
 
 

@@ -178,7 +178,7 @@ def test_a_cache_that_cannot_be_written_is_read(folder: Path, tmp_path: Path, mo
     def refuse(path: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(packed_cache.os, "utime", refuse)
+    monkeypatch.setattr(os, "utime", refuse)
     start = Start(folder, tmp_path)
     assert torch.equal(start.logits, expected)
     assert (start.has_saved, start.notes) == (False, [])

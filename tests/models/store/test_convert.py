@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from models.registry import load_config
 from models.store import StoreError
 from models.store.convert import convert_gguf
 from tests.models.store.world import HEAD_DIM, SPECIAL, TOKENS, make_weights, to_gguf_names, write_gguf
@@ -104,6 +105,14 @@ def test_the_configuration_says_what_the_metadata_said(tmp_path: Path) -> None:
     assert config["rope_theta"] == 10000.0
     assert config["tie_word_embeddings"] is True
     assert read(tmp_path / "out" / "generation_config.json") == {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_special_tokens_that_a_file_does_not_have_are_none(tmp_path: Path) -> None:
+    """And not the family's, which a config that is silent would mean."""
+    file = write_gguf(tmp_path / "m.gguf", metadata={"tokenizer.ggml.eos_token_id": None})
+    convert(file, tmp_path / "out")
+    assert read(tmp_path / "out" / "config.json")["eos_token_id"] is None
+    assert load_config(tmp_path / "out").eos_token_ids == ()
 
 
 def test_llama_3_frequency_factors_become_rope_scaling(tmp_path: Path) -> None:
