@@ -1,4 +1,4 @@
-"""`argosy serve | pull | plan | chat | bench`. Heavy imports wait until a command needs them."""
+"""`argosy serve | pull | plan | chat | bench | loadtest`. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -185,6 +185,14 @@ def bench(
         _refuse(f"no benchmark {name!r}; there are: {', '.join(names) or 'none'}")
     code = importlib.import_module(f"loadtest.bench.{name}").main(list(context.args))
     raise typer.Exit(code or 0)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def loadtest(context: typer.Context) -> None:
+    """Put load on a server and measure what its clients see; --help lists the flags."""
+    from loadtest import command
+
+    raise typer.Exit(command.main(list(context.args)))
 
 
 def _refuse(message: str) -> NoReturn:
