@@ -72,6 +72,8 @@ class Share:
     angles: int = 0
     wide: int = 0  # of `vector`, those that are held in fp32
     ragged: int = 0  # of `linear`, those whose inputs here are not whole groups: int4 leaves them as they are
+    head: int = 0  # of `linear`, the language-model head's, which have 8 bits where the others have 4
+    head_outputs: int = 0  # of the head
 
     def __add__(self, other: Share) -> Share:
         return Share(
@@ -83,6 +85,8 @@ class Share:
             self.angles + other.angles,
             self.wide + other.wide,
             self.ragged + other.ragged,
+            self.head + other.head,
+            self.head_outputs + other.head_outputs,
         )
 
     def __mul__(self, count: int) -> Share:
@@ -95,6 +99,8 @@ class Share:
             count * self.angles,
             count * self.wide,
             count * self.ragged,
+            count * self.head,
+            count * self.head_outputs,
         )
 
     def linear_bytes(self, precision: Precision) -> int:
@@ -103,8 +109,8 @@ class Share:
         if precision.quantization == "int8":
             return int(plain + self.linear + self.linear_outputs * _INT8_SCALE_BYTES)
         if precision.quantization == "int4":
-            coded = self.linear - self.ragged
-            kept = (self.plain + self.ragged) * precision.linear
+            coded = self.linear - self.ragged - self.head
+            kept = (self.plain + self.ragged) * precision.linear + self.head + self.head_outputs * _INT8_SCALE_BYTES
             return int(kept + coded // 2 + coded // _INT4_GROUP * _INT4_SCALE_BYTES)
         return int(plain + self.linear * precision.linear)
 
@@ -169,7 +175,8 @@ def share(config: ModelConfig, place: Place, max_model_len: int) -> Share:
         if width != config.hidden_size:
             total += _linear(config.hidden_size, width)
     if place.stage == place.pipeline_size - 1:
-        total += _linear(ids, width)  # a tied head is a copy, packed for multiplication
+        # A tied head is a copy, packed for multiplication.
+        total += Share(linear=ids * width, linear_outputs=ids, head=ids * width, head_outputs=ids)
         if not isinstance(config, OPTConfig) or config.has_final_norm:
             total += _norm(config)
         if width != config.hidden_size:

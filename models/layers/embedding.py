@@ -37,7 +37,7 @@ class LMHead:
         self._vocab_size = vocab_size
         own = _own_ids(loader, vocab_size)
         self._num_padding = -(-vocab_size // loader.group.size) - len(own)
-        self._weight = loader.linear([WeightPart(name, (vocab_size, hidden_size), own)])
+        self._weight = loader.linear([WeightPart(name, (vocab_size, hidden_size), own, is_head=True)])
         self.num_bytes = self._weight.num_bytes
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:

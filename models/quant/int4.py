@@ -1,7 +1,9 @@
 """4 bits per weight in groups of 32 inputs with an fp16 scale and, mostly, an offset: ggml's Q4_0 and Q4_1.
 
 Stored codes are taken as they are; floating-point weights are rounded while they are loaded. Activations are quantised
-to 8 bits per group of 32 inputs of a token, as llama.cpp does (its Q8_1).
+to 8 bits per group of 32 inputs of a token, as llama.cpp does (its Q8_1). A head that is not stored as codes gets 8
+bits: measured on SmolLM2-135M, whose file has 4-bit layers and an 8-bit head, 4 bits in the head alone raise the mean
+loss by 0.058 ± 0.006, 8 bits by 0.001 ± 0.002.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from models.config import ModelError
 from models.ops.codes import round_int4
 from models.ops.kernels import GROUP_SIZE, Kernels
+from models.quant.int8 import Int8
 from models.quant.method import PackedWeight, WeightPart, claim_part, has_codes, read_part, stacked_shape
 from models.quant.packer import Packer, pieces
 from models.quant.unquantized import Unquantized
@@ -34,9 +37,12 @@ class Int4:
         self._dtype = dtype
         self._packer = packer
         self._plain = Unquantized(kernels, dtype, packer)
+        self._int8 = Int8(kernels, dtype, packer)
 
     def load(self, reader: WeightReader, parts: Sequence[WeightPart]) -> PackedWeight:
         stored = [has_codes(reader, part) for part in parts]
+        if parts[0].is_head and not any(stored):
+            return self._int8.load(reader, parts)
         if not all(_is_whole(part.columns, part.shape[1]) for part in parts):
             if not any(stored):
                 return self._plain.load(reader, parts)

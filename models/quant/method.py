@@ -21,6 +21,7 @@ class WeightPart:
     rows: range | None = None  # None = all
     columns: range | None = None
     is_transposed: bool = False  # stored as [in, out] (GPT-2's "Conv1D")
+    is_head: bool = False  # gives the logits: what is rounded here reaches them undamped
 
     @property
     def part_shape(self) -> tuple[int, int]:

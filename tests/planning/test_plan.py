@@ -139,12 +139,14 @@ def test_formats_save_what_they_say() -> None:
     for quantization in ("none", "int8", "int4"):
         plan = make_plan(make_demand("llama-3.2-1b", quantization=quantization), machine)
         weights[quantization] = plan.weight_bytes
-    linears = 973_078_528 + 262_668_288
+    body, head = 973_078_528, 262_668_288
+    linears = body + head
     held = share(make_demand("llama-3.2-1b").config, Place(), 2048)
     assert held.linear == linears
     scales = 4 * held.linear_outputs
     assert weights["none"] - weights["int8"] == linears - scales
-    assert weights["int8"] - weights["int4"] == linears + scales - linears * 0.625
+    body_scales = scales - 4 * 128_256  # int4 has its head in 8 bits
+    assert weights["int8"] - weights["int4"] == body + body_scales - body * 0.625
 
 
 def test_int8_computes_faster_and_attention_does_not() -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from models.checkpoint import Checkpoint
 from models.config import ModelError
+from models.decoder import Decoder
 from models.ops.codes import join_codes, round_int4, round_int8, split_codes
 from models.ops.kernels import GROUP_SIZE, Kernels
 from models.ops.reference import ReferenceKernels
@@ -141,6 +142,15 @@ def test_columns_that_cut_a_group(tmp_path: Path, kernels: Kernels) -> None:
     torch.testing.assert_close(values(loaded), weight[:, 48:].float(), atol=0, rtol=1e-2)
 
 
+def test_a_head_in_8_bits(tmp_path: Path, kernels: Kernels) -> None:
+    """Unless it is stored in 4."""
+    weight, (tensors, wanted) = normal(*SHAPE), stored("a", 1)
+    loaded, _ = load(tmp_path, {"a.weight": weight}, kernels, "int4", [WeightPart("a", SHAPE, is_head=True)])
+    assert_near(values(loaded), rounded(weight, "int8"))
+    loaded, _ = load(tmp_path, tensors, kernels, "int4", [WeightPart("a", SHAPE, is_head=True)])
+    assert_near(values(loaded), wanted)
+
+
 def test_what_is_missing_or_of_another_shape_is_named(tmp_path: Path, kernels: Kernels) -> None:
     tensors, _ = stored("a", 1)
     without = {name: tensor for name, tensor in tensors.items() if name != "a.scales"}
@@ -193,12 +203,14 @@ def test_which_format_a_folder_gets(tmp_path: Path) -> None:
 
 
 def test_widths_that_are_no_whole_groups_stay_in_floating_point(tmp_path: Path) -> None:
-    """hidden 80 and intermediate 97 are none; 5 heads of 24 are not either."""
+    """hidden 80 and intermediate 97 are none; 5 heads of 24 are not either. The head has 8 bits."""
     folder = tiny_llama(tmp_path)
     reference = ReferenceKernels(torch.float32)
-    assert load_model(folder, dtype="float32", quantization="int4", kernels=reference).weight_bytes == (
-        load_model(folder, dtype="float32", kernels=reference).weight_bytes
-    )
+    plain = load_model(folder, dtype="float32", kernels=reference)
+    assert isinstance(plain, Decoder) and plain.head is not None
+    model = load_model(folder, dtype="float32", quantization="int4", kernels=reference)
+    head_bytes = 131 * 80 + 131 * 4
+    assert model.weight_bytes == plain.weight_bytes - plain.head.num_bytes + head_bytes
 
 
 def _halves(size: int) -> list[range]:
