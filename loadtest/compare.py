@@ -184,7 +184,7 @@ class _Draws:
         even = np.full(self.num_blocks, 1 / self.num_blocks)
         self.counts = generator.multinomial(self.num_blocks, even, NUM_DRAWS).astype(np.float64)
         self.table, self.is_good, self.duration_s = table, within(table, objective), duration_s
-        self.bins: dict[str, Floats] = {}
+        self.bins: dict[str, tuple[int, Floats]] = {}
 
     def of(self, metric: str) -> Floats:
         """[NUM_DRAWS] the metric in each draw; NaN where a draw has no value."""
@@ -206,22 +206,26 @@ class _Draws:
         return np.asarray(self.counts @ np.bincount(self.block, values, self.num_blocks), dtype=np.float64)
 
     def _per_s(self, values: Floats | Ints | np.typing.NDArray[np.bool_]) -> Floats:
-        """Blocks stand for the time that they took, so a draw's duration is the run's."""
-        if self.duration_s <= 0:
-            return np.full(NUM_DRAWS, np.nan)
-        return self._sum(values) / self.duration_s
+        """Over the time that the drawn blocks took, each from its first request's due time to the next block's."""
+        firsts = self.table.intended_s[np.flatnonzero(np.diff(self.block, prepend=-1))]
+        spans = np.diff(firsts, append=self.table.intended_s[0] + self.duration_s)
+        lengths = self.counts @ spans
+        found = np.full(NUM_DRAWS, np.nan)
+        np.divide(self._sum(values), lengths, out=found, where=lengths > 0)
+        return found
 
     def _quantile(self, name: str, share: float) -> Floats:
         if name not in self.bins:
-            self.bins[name] = np.cumsum(self.counts @ self._histogram(name), axis=1)
-        cumulated = self.bins[name]
+            first, histogram = self._histogram(name)
+            self.bins[name] = first, np.cumsum(self.counts @ histogram, axis=1)
+        first, cumulated = self.bins[name]
         total = cumulated[:, -1:]
-        place = (cumulated < np.ceil(total * share - 1e-9)).sum(axis=1)
+        place = first + (cumulated < np.ceil(total * share - 1e-9)).sum(axis=1)
         found = np.sqrt(_EDGES[:-1] * _EDGES[1:])[np.minimum(place, len(_EDGES) - 2)]
         return np.where(total[:, 0] > 0, found, np.nan)
 
-    def _histogram(self, name: str) -> Floats:
-        """[num_blocks, bins]"""
+    def _histogram(self, name: str) -> tuple[int, Floats]:
+        """The first bin that holds anything, and [num_blocks, bins] from it to the last that does."""
         table, block = self.table, self.block
         if name == "itl":
             is_ok = table.is_ok[table.gap_owner]
@@ -229,10 +233,12 @@ class _Draws:
         else:
             values = getattr(table, f"{name}_s")
             block, values = block[~np.isnan(values)], values[~np.isnan(values)]
-        num_bins = len(_EDGES) - 1
-        place = np.clip(np.searchsorted(_EDGES, values, side="right") - 1, 0, num_bins - 1)
+        place = np.clip(np.searchsorted(_EDGES, values, side="right") - 1, 0, len(_EDGES) - 2)
+        first = int(place.min()) if len(place) else 0
+        num_bins = int(place.max()) + 1 - first if len(place) else 1
+        place -= first
         flat = np.bincount(block * num_bins + place, minlength=self.num_blocks * num_bins)
-        return flat.reshape(self.num_blocks, num_bins).astype(np.float64)
+        return first, flat.reshape(self.num_blocks, num_bins).astype(np.float64)
 
 
 def _judged(metric: _Metric, drawn_a: Floats, drawn_b: Floats, threshold: float) -> Change:

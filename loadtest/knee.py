@@ -55,8 +55,8 @@ class SearchSettings:
             raise ValueError(f"min_share must be above 0 and at most 1, not {self.min_share:g}")
         if not 0.001 <= self.precision <= 1:
             raise ValueError(f"precision must be from 0.001 to 1, not {self.precision:g}")
-        if not 1 <= self.repeats <= 99:
-            raise ValueError(f"repeats must be from 1 to 99, not {self.repeats}")
+        if not 1 <= self.repeats <= 99 or self.repeats % 2 == 0:
+            raise ValueError(f"repeats must be odd, so that there is a majority, and from 1 to 99, not {self.repeats}")
         if self.max_runs < 1 or not self.max_s > 0 or not self.cool_down_s >= 0:
             raise ValueError(
                 "max_runs must be at least 1, max_s above 0 and cool_down_s at least 0, "

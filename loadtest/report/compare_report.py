@@ -9,12 +9,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 
 from loadtest.compare import Change, RunComparison
 from loadtest.report import page, words
 from loadtest.report.figure import Axis, Figure, Rule, Series, fitted
-from loadtest.report.run_report import show_sheet
+from loadtest.report.run_report import said, show_sheet
 from loadtest.report.tables import Sheet, settings
 from loadtest.summary import Summary
 from loadtest.table import Floats, Recorded
@@ -58,7 +57,7 @@ def html(a: Recorded, b: Recorded, comparison: RunComparison) -> str:
         sections.append(("Distributions", page.figures(figures)))
     sections.append(("Settings", page.table(_settings(comparison.a, comparison.b), has_words=True)))
     text, points = outcome(comparison), [*comparison.invalid, *(f"differs: {text}" for text in comparison.differences)]
-    word = {0: "No worse.", 1: "Worse.", 3: "Invalid."}[comparison.exit_code]
+    word = {0: "B is no worse.", 1: "B is worse.", 3: "Invalid."}[comparison.exit_code]
     lead = page.banner(comparison.exit_code == 0, word, text, points)
     first, second = (run.header for run in (comparison.a, comparison.b))
     subtitle = f"A: {first.model} at {first.target} · B: {second.model} at {second.target}"
@@ -108,10 +107,10 @@ def show(comparison: RunComparison, console: Console) -> None:
     """The table and the outcome on a terminal."""
     show_sheet(changes_sheet(comparison), console)
     for text in comparison.differences:
-        console.print(f"[yellow]differs[/] {escape(text)}", highlight=False)
+        console.print(f"[yellow]differs[/] {said(text)}", highlight=False)
     for reason in comparison.invalid:
-        console.print(f"[red]INVALID[/] {escape(reason)}", highlight=False)
-    console.print(escape(outcome(comparison)), highlight=False)
+        console.print(f"[red]INVALID[/] {said(reason)}", highlight=False)
+    console.print(said(outcome(comparison)), highlight=False)
 
 
 def name_of(metric: str) -> str:

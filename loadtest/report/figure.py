@@ -246,7 +246,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1, every)
     found = [float(f"{factor}e{exponent}") for exponent in exponents for factor in factors]
     found = [value for value in found if low <= value <= high]
-    return found if len(found) > 1 else [low, high]
+    return found if len(found) > 2 else _linear_ticks(low, high)
 
 
 def _unbroken(values: Floats) -> Iterator[slice]:

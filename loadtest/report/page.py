@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 from loadtest.report import svg
 from loadtest.report.figure import Figure
 from loadtest.report.tables import Sheet
 from loadtest.report.tones import DARK, LIGHT, variables
+from loadtest.report.words import escape
 
 MAX_ROWS = 200
 VERDICTS = ("better", "worse", "same", "unclear", "held", "broke", "invalid")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from loadtest.report import words
 from loadtest.report.figure import HEIGHT, TEXT_SIZE, WIDTH, Area, Dot, Figure, Line, Mark, Point, Text
 from loadtest.report.tones import LIGHT
 
@@ -65,18 +66,19 @@ class _Pen:
                 self.write(mark, TEXT_SIZE)
 
     def write(self, mark: Text, size: int) -> None:
+        text = words.plain(mark.text)
         font = ImageFont.load_default(size * SCALE)
         anchor = {"start": "l", "middle": "m", "end": "r"}[mark.anchor]
         x, y = self._at((mark.x, mark.y))
         halo = 2 * SCALE if mark.has_halo else 0
         if not mark.is_vertical:
             self.draw.text(
-                (x, y), mark.text, LIGHT[mark.tone], font, anchor + "s", stroke_width=halo, stroke_fill=LIGHT["page"]
+                (x, y), text, LIGHT[mark.tone], font, anchor + "s", stroke_width=halo, stroke_fill=LIGHT["page"]
             )
             return
-        left, top, right, bottom = (math.ceil(edge) for edge in font.getbbox(mark.text))
+        left, top, right, bottom = (math.ceil(edge) for edge in font.getbbox(text))
         mask = Image.new("L", (right - min(left, 0), bottom - min(top, 0)))
-        ImageDraw.Draw(mask).text((0, 0), mark.text, 255, font)
+        ImageDraw.Draw(mask).text((0, 0), text, 255, font)
         turned = mask.transpose(Image.Transpose.ROTATE_90)
         self.draw.bitmap((round(x) - turned.width, round(y) - turned.height // 2), turned, LIGHT[mark.tone])
 

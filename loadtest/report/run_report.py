@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich import box
+from rich import box, markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as RichTable
 
 from loadtest.goodput import Objective
@@ -113,30 +112,35 @@ def knee_content(knee: Knee) -> dict[str, Any]:
 
 def show(summary: Summary, console: Console, knee: Knee | None = None) -> None:
     """The tables on a terminal."""
-    console.print(f"[bold]{escape(_title(summary))}[/]  {escape(summary.header.target)}")
-    console.print(f"objective: {escape(summary.objective.words())}")
+    console.print(f"[bold]{said(_title(summary))}[/]  {said(summary.header.target)}")
+    console.print(f"objective: {said(summary.objective.words())}")
     if knee is not None:
         show_sheet(tables.knee_sheet(knee), console)
     for sheet in tables.sheets(summary):
         show_sheet(sheet, console)
-    figures = "  ".join(f"{what} [bold]{escape(value)}[/]" for what, value, _ in tables.headline(summary))
+    figures = "  ".join(f"{what} [bold]{said(value)}[/]" for what, value, _ in tables.headline(summary))
     console.print(figures, highlight=False)
     if summary.is_valid:
         console.print("[green]valid[/]: the generator kept up")
     for reason in summary.reasons:
-        console.print(f"[red]INVALID[/]: {escape(reason)}", highlight=False)
+        console.print(f"[red]INVALID[/]: {said(reason)}", highlight=False)
+
+
+def said(text: str) -> str:
+    """Plain text as rich's markup, which shows it as it is."""
+    return markup.escape(words.plain(text))
 
 
 def show_sheet(sheet: Sheet, console: Console) -> None:
     tones = {"better": "green", "held": "green", "worse": "red", "broke": "red", "invalid": "red", "unclear": "yellow"}
     shown = RichTable(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(sheet.columns):
-        shown.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
+        shown.add_column(said(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in sheet.rows:
-        shown.add_row(*(f"[{tones[cell]}]{cell}[/]" if cell in tones else escape(cell) for cell in row))
+        shown.add_row(*(f"[{tones[cell]}]{cell}[/]" if cell in tones else said(cell) for cell in row))
     console.print(shown)
     if sheet.note:
-        console.print(f"[dim]{escape(sheet.note)}[/]")
+        console.print(f"[dim]{said(sheet.note)}[/]")
 
 
 def _banner(summary: Summary) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from loadtest.report.figure import HEIGHT, WIDTH, Area, Dot, Figure, Hover, Line, Mark, Text
+from loadtest.report.words import escape
 
 
 def drawn(figure: Figure, name: str) -> str:

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import html
 import math
+import unicodedata
 
 NOTHING = "–"  # what was not measured
+
+
+def plain(text: str) -> str:
+    """Text that only shows: what steers a terminal, turns the direction of writing or is no character becomes `�`."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join("\ufffd" if unicodedata.category(letter)[0] == "C" else letter for letter in text)
+
+
+def escape(text: str) -> str:
+    """Plain text as HTML, between tags or within quotes."""
+    return html.escape(plain(text))
 
 
 def duration(seconds: float) -> str:
