@@ -247,6 +247,7 @@ class LocalRuntime:
             os.kill(replica.pid, signal.SIGKILL)
             self._selector.unregister(replica.report_fd)
             os.close(replica.report_fd)
+            replica.report_fd = -1  # it may be among the events that are being looked at
             _, replica.ended[0] = os.waitpid(replica.pid, 0)
             self._end_ranks(replica)
 

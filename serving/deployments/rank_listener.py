@@ -26,7 +26,7 @@ from serving.wire import is_proof, prove
 
 NONCE_BYTES: Final = 32
 GREETING_S: Final = 10.0  # how long a connection may take to introduce itself
-MAX_STRANGERS: Final = 64
+MAX_STRANGERS: Final = 64  # beside the ranks that are missing
 GONE_MS: Final = 10_000  # a connection whose bytes nobody acknowledges for so long is at its end
 _INTRODUCTION: Final = struct.Struct(f"<I{NONCE_BYTES}s32s")
 _LOOK_S: Final = 0.2
@@ -69,7 +69,7 @@ class RankListener:
                         raise ModelLoadError(f"rank {names} of {num_ranks + 1} did not connect in time")
                     for key, _ in selector.select(_LOOK_S):
                         if key.fileobj is self._listener:
-                            self._meet(selector, strangers)
+                            self._meet(selector, strangers, MAX_STRANGERS + len(missing))
                         elif isinstance(key.fileobj, socket.socket):
                             self._hear(key.fileobj, selector, strangers, missing, admitted)
                     for sock in [s for s, one in strangers.items() if time.monotonic() - one.came_s > GREETING_S]:
@@ -86,11 +86,13 @@ class RankListener:
     def close(self) -> None:
         self._listener.close()
 
-    def _meet(self, selector: selectors.BaseSelector, strangers: dict[socket.socket, _Stranger]) -> None:
+    def _meet(
+        self, selector: selectors.BaseSelector, strangers: dict[socket.socket, _Stranger], max_num_strangers: int
+    ) -> None:
         with contextlib.suppress(OSError):  # gone again
             sock, _ = self._listener.accept()
             sock.setblocking(False)
-            if len(strangers) >= MAX_STRANGERS:
+            if len(strangers) >= max_num_strangers:
                 _part(next(iter(strangers)), selector, strangers)
             strangers[sock] = stranger = _Stranger(secrets.token_bytes(NONCE_BYTES), time.monotonic())
             selector.register(sock, selectors.EVENT_READ)

@@ -122,8 +122,10 @@ class Gang:
             on_failure(self.failure)
 
     def at_the_end(self, function: Callable[[], None]) -> None:
-        """Call `function` when the gang ends, to wake who waits for one of its ranks."""
+        """Call `function` when the gang ends, to wake who waits for one of its ranks; at once if it is over."""
         self._on_end.append(function)
+        if self._is_over:  # perhaps both of us call it: it must bear that
+            function()
 
     def busy_s(self) -> float:
         """How long the stages between the first and the last computed for a recent step."""
@@ -152,11 +154,29 @@ class Gang:
             if silence_s > patience_s:
                 self.end(f"{member} has been silent for {silence_s:.1f} s")
             elif limit_s is not None and pulse is not None and pulse.age_s > limit_s:
-                self.end(f"the running step of {member} is {pulse.age_s:.1f} s old; {limit_s:.1f} s are its limit")
+                self.end(
+                    f"the running step of {member} is {pulse.age_s:.1f} s old; {limit_s:.1f} s are its limit"
+                    + self._suspicion(now)
+                )
+
+    def _suspicion(self, now: float) -> str:
+        """An old step may be one that waits: for whoever is silent, though not yet for long enough to be convicted."""
+        quietest = min(self.members, key=lambda member: member.heard_s)
+        silence_s = now - quietest.heard_s
+        return f", and {quietest} has been silent for {silence_s:.1f} s" if silence_s > _IDLE_S else ""
 
     # --- the thread that listens ----------------------------------------------------------------
 
     def _watch(self) -> None:
+        try:
+            self._look_until_the_end()
+        except Exception as error:  # unwatched, a gang could hang for ever
+            log.exception("watching the ranks failed")
+            self.end(f"watching the ranks failed: {type(error).__name__}: {error}")
+        finally:
+            self._selector.close()
+
+    def _look_until_the_end(self) -> None:
         looked_s = time.monotonic()
         while not self._is_over:
             events = self._selector.select(_LOOK_S)
@@ -169,7 +189,6 @@ class Gang:
                     self._read(key.data, now)
             if not self._is_over:
                 self._judge(now)
-        self._selector.close()
 
     def _read(self, member: Member, now: float) -> None:
         try:

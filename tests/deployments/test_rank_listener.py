@@ -12,6 +12,7 @@ import pytest
 from serving.deployments import rank_listener
 from serving.deployments.rank_listener import RankListener, introduce
 from serving.errors import ModelLoadError
+from serving.wire import prove
 
 SECRET = b"s" * 32
 
@@ -120,6 +121,23 @@ def test_silent_strangers_keep_nobody_out(
     for stranger in strangers:
         with stranger:
             assert len(stranger.recv(64)) <= 32
+
+
+def test_a_gang_may_have_more_ranks_than_strangers_are_listened_to(
+    listener: RankListener, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them come at once, and their introductions take a while."""
+    monkeypatch.setattr(rank_listener, "MAX_STRANGERS", 2)
+    ranks = range(1, 7)
+    admitted = pool.submit(admit, listener, len(ranks))
+    connections = {rank: socket.create_connection(listener.address, timeout=20) for rank in ranks}
+    for rank, sock in connections.items():
+        nonce, ours = sock.recv(32), bytes(32)
+        proof = prove(SECRET, f"rank {rank} of gang-7", nonce, ours)
+        sock.sendall(rank.to_bytes(4, "little") + ours + proof)
+        assert len(sock.recv(32)) == 32, f"rank {rank} was sent away"
+    for sock in (*admitted.result(20), *connections.values()):
+        sock.close()
 
 
 def test_who_does_not_introduce_himself_in_time_is_parted_with(

@@ -1,6 +1,7 @@
 """Forks ranks for tests (`python -m tests.engine.forks FD`): torch is imported once, a rank takes milliseconds.
 
-Every message on the socket FD carries the end of a rank's connection; the answer is the rank's pid.
+Every message on the socket FD carries an end of a socket: for `b"r"` a new rank's connection to rank 0, for
+`b"f"` the control of another process that forks. The answer is the new process's pid.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ def main(fd: int) -> None:
         pid = os.fork()
         if pid == 0:
             control.close()
-            run_rank(socket.socket(fileno=fds[0]))
+            if data == b"r":
+                run_rank(socket.socket(fileno=fds[0]))
+            control = socket.socket(fileno=fds[0])
+            continue
         os.close(fds[0])
         control.sendall(pid.to_bytes(4, "little"))
 

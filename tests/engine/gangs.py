@@ -22,19 +22,24 @@ class Forks:
     """The process that forks ranks. Ends with this one."""
 
     def __init__(self) -> None:
-        self._control, theirs = socket.socketpair()
-        self._control.settimeout(60)
+        self.control, theirs = socket.socketpair()
+        self.control.settimeout(60)
         command = [sys.executable, "-m", "tests.engine.forks", str(theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         theirs.close()
-        self._end = weakref.finalize(self, _end, self._control, self.process)
+        self._end = weakref.finalize(self, _end, self.control, self.process)
 
     def rank(self, *, over_tcp: bool = False) -> tuple[socket.socket, int]:
         """A connection to a new rank, and its pid."""
         ours, theirs = tcp_pair() if over_tcp else socket.socketpair()
-        socket.send_fds(self._control, [b"r"], [theirs.fileno()])
-        theirs.close()
-        return ours, int.from_bytes(self._control.recv(4), "little")
+        return ours, forked(self.control, b"r", theirs)
+
+
+def forked(control: socket.socket, what: bytes, end: socket.socket) -> int:
+    """The pid of a new process that has `end`; see `tests.engine.forks`."""
+    socket.send_fds(control, [what], [end.fileno()])
+    end.close()
+    return int.from_bytes(control.recv(4), "little")
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:

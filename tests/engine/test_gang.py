@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -22,12 +23,12 @@ from serving.engine.assembly import assemble
 from serving.engine.executor import GangExecutor
 from serving.engine.gang import Gang, GangFailed
 from serving.engine.plan import NO_IDS, NewRow, Plan
-from serving.engine.rank_wire import plan_frame
+from serving.engine.rank_wire import Pulse, message_frame, plan_frame
 from serving.engine.server import ReplicaServer
 from serving.errors import ModelLoadError, SettingsError
 from serving.types import SamplingParams
 from tests.engine.client import Client
-from tests.engine.gangs import Forks, Ready, forks, gang_of, gang_settings, is_alive
+from tests.engine.gangs import Ready, forked, forks, gang_of, gang_settings, is_alive
 from tests.tiny import tiny_model_folder
 
 
@@ -99,9 +100,9 @@ def test_rank_0_accuses_nobody_after_it_has_stood_still_itself(folder: Path, sho
     with gang_of(folder, 2, 1) as ready:
         guard = Guard(ready)
         os.kill(ready.pids[0], signal.SIGSTOP)
-        ctypes.PyDLL(None).usleep(1_000_000)  # holds the interpreter: no thread of ours runs
+        ctypes.PyDLL(None).usleep(800_000)  # holds the interpreter: no thread of ours runs
         os.kill(ready.pids[0], signal.SIGCONT)
-        assert not guard.is_over.wait(0.5), guard.why
+        assert not guard.is_over.wait(0.3), guard.why
 
 
 def test_a_step_that_is_too_old_ends_the_gang(folder: Path, short_patience: None) -> None:
@@ -112,6 +113,48 @@ def test_a_step_that_is_too_old_ends_the_gang(folder: Path, short_patience: None
         ready.gang.tell_all(plan_frame(one_token_plan().encode()))
         assert guard.is_over.wait(10)
         assert "the running step of rank 1" in guard.why and "0.4 s are its limit" in guard.why
+
+
+def test_of_a_step_that_waits_the_silent_rank_is_named(short_patience: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1's step is old because it waits for rank 2, which has not yet been silent for long enough itself."""
+    monkeypatch.setattr(gang_module, "_IDLE_S", 0.1)
+    pairs = [socket.socketpair() for _ in range(2)]
+    gang = Gang([ours for ours, _ in pairs])
+    over = threading.Event()
+    gang.guard(lambda failure: over.set(), lambda: 1.0)
+
+    def beat(rank: int, age_s: float) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            pairs[rank - 1][1].sendall(message_frame(Pulse(False, 7, age_s, 100 + rank, "host", "elsewhere")))
+
+    for tick in range(200):
+        beat(1, age_s=0.0 if tick < 16 else 2.0)
+        if tick < 10:
+            beat(2, age_s=0.0)
+        if over.wait(0.05):
+            break
+    assert re.search(r"rank 2 \(pid 102 on host\) has been silent for 0\.\d s", str(gang.failure))
+    for _, theirs in pairs:
+        theirs.close()
+
+
+def test_whoever_comes_when_it_is_over_is_told_at_once() -> None:
+    """Rank 0's share may come up just when another rank dies: nothing would end its waits otherwise."""
+    gang = Gang([])
+    gang.end("rank 1 is gone")
+    told: list[str] = []
+    gang.at_the_end(lambda: told.append("over"))
+    assert told == ["over"]
+
+
+def test_a_gang_whose_watch_fails_ends() -> None:
+    """Unwatched, a rank that hangs would hang the replica."""
+    ours, theirs = socket.socketpair()
+    gang = Gang([ours])
+    with theirs:
+        theirs.sendall(message_frame(Pulse(False, 0, 0.0, 1 << 60, "host", gang.machine)))  # no pid at all
+        with pytest.raises(GangFailed, match="watching the ranks failed: OverflowError"):
+            gang.wait(lambda: False)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
@@ -139,11 +182,13 @@ def test_a_rank_in_the_middle_of_a_step_goes_when_its_connection_closes(folder: 
 
 
 def test_a_rank_goes_when_its_parent_does() -> None:
-    parent = Forks()
-    sock, pid = parent.rank()
-    with sock:
+    control, far_control = socket.socketpair()
+    parent = forked(forks().control, b"f", far_control)
+    sock, end = socket.socketpair()
+    with control, sock:
+        pid = forked(control, b"r", end)
         assert sock.recv(1), "it beats"
-        os.kill(parent.process.pid, signal.SIGKILL)
+        os.kill(parent, signal.SIGKILL)
         until(lambda: not is_alive(pid), timeout_s=2.0)
 
 
@@ -258,6 +303,7 @@ def test_a_rank_that_dies_while_loading_is_named(folder: Path) -> None:
 
 
 def test_a_rank_that_never_speaks_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gang_module, "SILENCE_S", 0.2)
     monkeypatch.setattr(gang_module, "LOADING_SILENCE_S", 0.2)
     ours, theirs = socket.socketpair()
     with theirs, pytest.raises(ModelLoadError, match="rank 1 has been silent for"):

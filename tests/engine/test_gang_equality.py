@@ -89,9 +89,9 @@ def test_arrival_in_the_middle_changes_nothing(gang: Ready, jobs: list[Job], und
 
 
 def test_preempted_and_recomputed(gang: Ready) -> None:
-    sampling = {"max_tokens": 90, "ignore_eos": True, "logprobs": 1, "frequency_penalty": 0.5}
-    jobs = [Job((3, handle), SamplingParams(temperature=handle % 2, seed=handle, **sampling)) for handle in range(6)]
-    engine = Engine(gang.worker, gang=gang.gang, num_blocks=14, enable_prefix_cache=False)
+    sampling = {"max_tokens": 60, "ignore_eos": True, "logprobs": 1, "frequency_penalty": 0.5}
+    jobs = [Job((3, handle), SamplingParams(temperature=handle % 2, seed=handle, **sampling)) for handle in range(5)]
+    engine = Engine(gang.worker, gang=gang.gang, num_blocks=8, enable_prefix_cache=False)
     got = run_together(engine, jobs)
     assert sum(request.num_preemptions for request in engine.requests.values()) >= 3
     assert_same(got, alone(gang.worker, jobs, gang.gang))
