@@ -10,11 +10,16 @@ import numpy as np
 from loadtest.goodput import Objective
 from loadtest.record import Comparison, GeneratorHealth, Line, Observation, RunEnd, RunHeader
 from loadtest.summary import Summary, summarize
-from loadtest.table import Recorded, gather
+from loadtest.table import Floats, Recorded, gather
 
 
 def make_header(**changes: Any) -> RunHeader:
-    fields = {"started_wall_s": 1_800_000_000.0, "target": "http://127.0.0.1:8000", "model": "tiny", "seed": 0}
+    fields: dict[str, Any] = {
+        "started_wall_s": 1_800_000_000.0,
+        "target": "http://127.0.0.1:8000",
+        "model": "tiny",
+        "seed": 0,
+    }
     return RunHeader(**(fields | changes))
 
 
@@ -61,14 +66,14 @@ def make_stream_of_requests(num: int, *, seed: int = 0, slowness: float = 1.0, n
     return make_run([make_seen(i, float(arrivals[i]), times[i].tolist()) for i in range(num)])
 
 
-def served_in_turn(arrivals: np.ndarray, service: np.ndarray) -> np.ndarray:
+def served_in_turn(arrivals: Floats, service: Floats) -> Floats:
     """[n] sojourn times of one server that takes requests in the order in which they arrive (Lindley)."""
     done = np.cumsum(service)
     slack = np.maximum.accumulate(arrivals - np.concatenate([[0.0], done[:-1]]))
-    return slack + done - arrivals
+    return np.asarray(slack + done - arrivals, dtype=np.float64)
 
 
-def run_through(arrivals: np.ndarray, sojourns: np.ndarray, objective: Objective, **run: Any) -> Summary:
+def run_through(arrivals: Floats, sojourns: Floats, objective: Objective, **run: Any) -> Summary:
     """What a run comes to whose requests show their only token when they are done."""
     seen = [make_seen(i, float(at), [float(s)]) for i, (at, s) in enumerate(zip(arrivals, sojourns, strict=True))]
     return summarize(make_run(seen, **run), objective)

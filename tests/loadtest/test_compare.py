@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -124,8 +125,9 @@ def test_an_invalid_run_decides_nothing() -> None:
 @pytest.mark.parametrize("name", ["threshold", "share_threshold"])
 def test_thresholds_are_shares(name: str) -> None:
     run = make_run([])
+    wrong: dict[str, Any] = {name: 1.5}
     with pytest.raises(ValueError, match=f"^{name} must be"):
-        compare(run, run, OBJECTIVE, **{name: 1.5})
+        compare(run, run, OBJECTIVE, **wrong)
 
 
 def write(path: Path, lines: Sequence[Line]) -> Path:

@@ -43,10 +43,10 @@ def test_figures_of_a_small_run() -> None:
     whole = summary.all
     assert summary.is_valid and summary.duration_s == 3.0
     assert (whole.num_offered, whole.num_completed, whole.num_good) == (3, 2, 0)
-    assert (whole.offered_per_s, whole.completed_per_s) == (1.0, pytest.approx(2 / 3))
-    assert (whole.ttft_s.count, whole.ttft_s.p50, whole.ttft_s.max) == (2, 0.1, pytest.approx(0.3))
+    assert (whole.offered_per_s, whole.completed_per_s) == pytest.approx((1.0, 2 / 3))
+    assert (whole.ttft_s.count, whole.ttft_s.p50, whole.ttft_s.max) == pytest.approx((2, 0.1, 0.3))
     assert whole.ttft_service_s.p50 == pytest.approx(0.05)
-    assert (whole.itl_s.count, whole.itl_s.max) == (3, pytest.approx(0.2))
+    assert (whole.itl_s.count, whole.itl_s.max) == pytest.approx((3, 0.2))
     assert sorted([whole.max_gap_s.p50, whole.max_gap_s.max]) == pytest.approx([0.1, 0.2])
     assert (whole.tpot_s.p50, whole.tpot_s.max) == pytest.approx((0.1, 0.15))
     assert (whole.e2e_s.p50, whole.e2e_s.max) == pytest.approx((0.4, 2.0))
@@ -169,7 +169,7 @@ def test_thousands_of_classes_are_no_thousands_of_rows() -> None:
 def test_warm_up_is_left_out() -> None:
     run = make_run([make_seen(i, float(i), [0.1, 0.2 if i < 5 else 0.3]) for i in range(10)]).since(5.0)
     whole = summarize(run, ANY).all
-    assert (whole.num_offered, whole.itl_s.count, whole.itl_s.p50) == (5, 5, pytest.approx(0.2))
+    assert (whole.num_offered, whole.itl_s.count, whole.itl_s.p50) == pytest.approx((5, 5, 0.2))
 
 
 @pytest.mark.parametrize(
