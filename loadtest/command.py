@@ -84,7 +84,16 @@ def _knee(asked: options.Asked) -> int:
         console.print(f"{trial.rate:g} requests/s {word}", highlight=False)
 
     try:
-        settings = SearchSettings(start_rate=start)
+        settings = SearchSettings(
+            start_rate=start,
+            min_rate=min(start, SearchSettings.min_rate),
+            max_rate=asked.max_rate,
+            min_share=asked.share,
+            precision=asked.precision,
+            repeats=asked.repeats,
+            max_runs=asked.max_runs,
+            cool_down_s=asked.cool_down,
+        )
     except ValueError as error:
         raise SpecError(f"knee: {error}") from None
     knee = find_knee(at, settings, on_trial=told)
@@ -100,7 +109,12 @@ def _knee(asked: options.Asked) -> int:
 
 def _objective(asked: options.Asked) -> Objective:
     try:
-        return Objective(ttft_s=asked.slo_ttft, itl_s=asked.slo_itl, e2e_s=asked.slo_e2e)
+        return Objective(
+            ttft_s=asked.slo_ttft,
+            itl_s=asked.slo_itl,
+            itl_percentile=asked.slo_itl_percentile,
+            e2e_s=asked.slo_e2e,
+        )
     except ValueError as error:
         raise SpecError(str(error)) from None
 

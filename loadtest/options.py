@@ -46,7 +46,14 @@ class Asked(argparse.Namespace):
     has_report: bool
     slo_ttft: float | None
     slo_itl: float | None
+    slo_itl_percentile: float
     slo_e2e: float | None
+    share: float  # of the search for a knee, up to max_runs
+    precision: float
+    repeats: int
+    cool_down: float
+    max_rate: float
+    max_runs: int
     ui: bool
     ui_host: str
     ui_port: int
@@ -170,7 +177,29 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--no-report", dest="has_report", action="store_false", help="write the record alone")
     add("--slo-ttft", type=float, metavar="S", help="promise: first token within so many seconds")
     add("--slo-itl", type=float, metavar="S", help="promise: gaps between tokens")
+    add(
+        "--slo-itl-percentile",
+        type=float,
+        default=99.0,
+        metavar="P",
+        help="of a request's own gaps, how many must keep it; 100 = all [%(default)g]",
+    )
     add("--slo-e2e", type=float, metavar="S", help="promise: last byte")
+
+    if prog.endswith("knee"):
+        add = parser.add_argument_group("search").add_argument
+        add(
+            "--share",
+            type=float,
+            default=0.99,
+            metavar="P",
+            help="of requests that must keep the promise [%(default)g]",
+        )
+        add("--precision", type=float, default=0.05, metavar="P", help="of the rate found [%(default)g]")
+        add("--repeats", type=int, default=1, metavar="N", help="runs at a rate, odd; most decide [%(default)s]")
+        add("--cool-down", type=float, default=2.0, metavar="S", help="rest between runs [%(default)g]")
+        add("--max-rate", type=float, default=10_000.0, metavar="R", help="requests/s [%(default)g]")
+        add("--max-runs", type=int, default=40, metavar="N", help="[%(default)s]")
 
     add = parser.add_argument_group("generator").add_argument
     limits = Limits()
