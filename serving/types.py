@@ -69,3 +69,29 @@ class RankState(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     step: int
     age_s: float  # since that rank last made progress, on the replica's clock
+
+
+class ReplicaStats(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """What a replica has counted since its start, for /metrics. Fields are only ever appended (C22).
+
+    Counts of histograms are per bucket, of the bounds in serving/metrics/histogram.py.
+    """
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    preemptions: int = 0
+    prefix_queried: int = 0  # tokens of rows at their first admission
+    prefix_hits: int = 0  # tokens of those found in the prefix cache
+    blocks_evicted: int = 0
+    step_counts: list[int] = []
+    step_sum: float = 0.0  # seconds
+    ratio_counts: list[int] = []  # duration over announced cost
+    ratio_sum: float = 0.0
+    limit_busy_s: float = 0.0  # of steps whose ideal cost is known
+    ideal_s: float = 0.0  # of those steps together
+    hardware_fraction: float | None = None  # of the last seconds; None = the limit is not known
+    read_bytes_s: float | None = None  # ceilings that the ideal assumes
+    flops_s: float | None = None
+    phases: list[tuple[str, float]] = []  # of the cold start, in seconds
+    weights_read_bytes: int = 0

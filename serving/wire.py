@@ -30,7 +30,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from serving.types import ModelCard, RankState, SamplingParams
+from serving.types import ModelCard, RankState, ReplicaStats, SamplingParams
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 16 << 20
@@ -151,6 +151,7 @@ class Beat(Message, tag=68):
     granted: int
     ranks: list[RankState]
     tokens_per_s: float = 0.0  # measured drain rate, for Retry-After (C15)
+    stats: ReplicaStats | None = None  # in the first beat of a connection, then about twice a second
 
 
 class Asset(Message, tag=69):

@@ -24,7 +24,7 @@ from serving.gateway.gateway import DataPlane, Gateway
 from serving.gateway.language import Language, Languages
 from serving.gateway.reply import Pace, look_after
 from serving.gateway.tenants import Tenants
-from serving.metrics import Metrics
+from serving.metrics.page import Metrics
 from serving.types import ModelCard
 
 
@@ -59,6 +59,10 @@ def build_app(
         pace=pace or Pace(),
         created=clock.steady(),
     )
+
+    gateway.metrics.plane = dispatch.view
+    if settings.served_model_name:
+        gateway.metrics.model(settings.served_model_name)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -19,6 +19,8 @@ from serving.gateway.link import Link
 from serving.gateway.membership import Membership
 from serving.gateway.placement import TICK_S, Counts, Placement
 from serving.gateway.streams import Choice, Request
+from serving.gateway.view import view_of
+from serving.metrics.snapshot import PlaneView
 from serving.types import ModelCard
 
 logger = logging.getLogger("argosy.gateway")
@@ -146,6 +148,10 @@ class Dispatch:
     def progress(self) -> list[dict[str, Any]]:
         """Replicas as `/progressz` shows them."""
         return self._fleet.progress(self._clock())
+
+    def view(self) -> PlaneView:
+        """What /metrics shows of replicas, queues and faults."""
+        return view_of(self._placement, self._clock())
 
     def is_ready(self) -> tuple[bool, str]:
         """Whether a completion would be served now, else the cause."""

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.gateway.faults import error_response
-from serving.metrics import Metrics
+from serving.metrics.page import Metrics
 
 logger = logging.getLogger("argosy.gateway")
 
@@ -50,7 +50,7 @@ class Envelope:
                     (b"openai-processing-ms", b"%d" % elapsed_ms),
                 ]
                 route = getattr(scope.get("route"), "path", OTHER)
-                self._metrics.responses[route, str(message["status"])] += 1
+                self._metrics.count_response(route, message["status"])
             await send(message)
 
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from serving.errors import ArgosyError
 from serving.gateway.rendering import Rendering
 from serving.gateway.streams import Choice, Dispatcher, Request
 from serving.gateway.wakes import Wakes
-from serving.metrics import RequestMeter
+from serving.metrics.meter import RequestMeter
 
 DRAIN_BYTES = 16 << 10
 """Rendered at a time: what a client may have unsent stays near one buffer."""
@@ -38,7 +38,7 @@ class Exchange:
         self.has_left = False  # the client is gone: nothing more is rendered
         self.failure: ArgosyError | None = None
         self._dispatcher = dispatcher
-        self._time = asyncio.get_running_loop().time
+        self._time = time.monotonic  # the data plane's clock; the loop's is cut to milliseconds
         self._wakes = wakes
         self._dirty: deque[Rendering] = deque()
         self._listener: Callable[[], None] = lambda: None

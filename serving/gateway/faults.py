@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.errors import ArgosyError, InvalidRequest, MethodNotAllowed, NotFound
-from serving.metrics import Metrics
+from serving.metrics.page import Metrics
 
 DEFAULT_RETRY_AFTER_S = 1.0
 
@@ -55,6 +55,6 @@ def error_headers(error: ArgosyError) -> dict[str, str]:
 def error_response(raised: Exception, request: Request, metrics: Metrics) -> Response:
     """The reply to a request that failed before its reply began."""
     error = as_error(raised, request.method, request.url.path)
-    metrics.errors[error.error_code] += 1
+    metrics.count_error(error)
     headers = dict(raised.headers or {}) if isinstance(raised, HTTPException) else {}
     return Response(error_json(error), error.status, headers | error_headers(error), "application/json")

@@ -17,7 +17,8 @@ from serving.gateway.reply import Pace, Reply
 from serving.gateway.streams import Dispatcher
 from serving.gateway.tenants import Tenants
 from serving.gateway.wakes import Wakes
-from serving.metrics import Metrics
+from serving.metrics.page import Metrics
+from serving.metrics.snapshot import PlaneView
 from serving.types import ModelCard
 
 CARD_POLL_S = 0.05
@@ -35,6 +36,8 @@ class DataPlane(Dispatcher, Protocol):
     async def asset(self, card: ModelCard, name: str) -> Path: ...
 
     def progress(self) -> list[dict[str, Any]]: ...
+
+    def view(self) -> PlaneView: ...
 
     def is_ready(self) -> tuple[bool, str]: ...
 

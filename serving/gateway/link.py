@@ -14,7 +14,7 @@ from typing import Protocol
 from serving import wire
 from serving.gateway.pulse import Pulse
 from serving.gateway.ticket import Ticket
-from serving.types import NO_LOGPROBS, FinishReason
+from serving.types import NO_LOGPROBS, FinishReason, ReplicaStats
 
 logger = logging.getLogger("argosy.gateway")
 
@@ -75,6 +75,7 @@ class Link:
         self.epoch = hello.epoch
         self.pulse = Pulse(clock())
         self.opened_at = clock()
+        self.stats: ReplicaStats | None = None  # the latest heard
         self.cause: Cause | None = None
         self.load = 0  # of this connection's rows, in tokens; see ROW_TOKENS
         self.foreign_load = 0  # of other gateways' rows there, as of the last beat
@@ -201,6 +202,7 @@ class Link:
             self._step(message)
         elif type(message) is wire.Beat:
             self.pulse.beat(message, self._clock())
+            self.stats = message.stats or self.stats
             self._is_refusing = False
             self._granted = max(self._granted, message.granted)
             others = message.num_running + message.num_waiting - len(self._rows)

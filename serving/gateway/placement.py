@@ -11,6 +11,7 @@ import itertools
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from serving.errors import ArgosyError, DeadlineExceeded, EngineError, GenerationTimeout, InvalidRequest, NoCapacity
@@ -22,6 +23,7 @@ from serving.gateway.pulse import Lag
 from serving.gateway.queue import Queue
 from serving.gateway.streams import Choice, Request
 from serving.gateway.ticket import Job, Ticket, settled
+from serving.metrics.histogram import LAG_SECONDS, Histogram
 from serving.wire import Reject, WireError
 
 logger = logging.getLogger("argosy.gateway")
@@ -57,7 +59,8 @@ class Counts:
     expired: int = 0
     resumed: int = 0
     rejected: int = 0
-    links_ended: dict[str, int] = dataclasses.field(default_factory=dict)  # by cause
+    links_ended: Counter[str] = dataclasses.field(default_factory=Counter)  # by cause
+    faults: Counter[str] = dataclasses.field(default_factory=Counter)  # by kind, as serving/metrics/labels.py has them
 
 
 class Placement:
@@ -87,6 +90,7 @@ class Placement:
         self._tickets: dict[Choice, Ticket] = {}  # of all unfinished choices
         self._deadlines = Deadlines()
         self._lag = Lag(clock(), TICK_S)
+        self.loop_lag = Histogram(LAG_SECONDS)
 
     def close(self) -> None:
         """Fails what is unfinished and ends all links. Idempotent."""
@@ -121,6 +125,7 @@ class Placement:
                 self.counts.refused += num_choices
                 raise
         job = Job(request)
+        request.queued_at = now
         expires = min(request.deadline, now + self._queue_timeout_s)
         for choice in choices:
             ticket = Ticket(
@@ -167,6 +172,10 @@ class Placement:
         """Waiting choices by fingerprint."""
         return {fingerprint: len(queue) for fingerprint, queue in self._queues.items()}
 
+    def num_queued_tokens(self) -> dict[str, int]:
+        """Prompt and journalled tokens of waiting choices by fingerprint."""
+        return {fingerprint: queue.num_tokens for fingerprint, queue in self._queues.items()}
+
     # --- the links' side (LinkOwner) --------------------------------------------------------------
 
     def opened(self, link: Link) -> None:
@@ -196,6 +205,7 @@ class Placement:
             link.refuse_until_beat()
             self._requeue(ticket, ticket.enqueued_at)
         elif reject.code == ENGINE_FAULT:
+            self.counts.faults["engine_fault"] += 1
             ticket.job.record_death()
             if ticket.job.is_convicted:
                 self._convict(ticket.job)
@@ -208,7 +218,7 @@ class Placement:
     def ended(self, link: Link, cause: Cause, tickets: list[Ticket]) -> None:
         """Its choices go on elsewhere, from their journals (C2)."""
         self.fleet.ended(link)
-        self.counts.links_ended[cause] = self.counts.links_ended.get(cause, 0) + 1
+        self.counts.links_ended[cause] += 1
         now = self._clock()
         fingerprint = link.card.fingerprint
         complete: list[Ticket] = []
@@ -218,6 +228,7 @@ class Placement:
                 ticket.choice.finish, ticket.choice.stop_token_id = end
                 complete.append(ticket)
         if link.state != "draining" and cause is not Cause.CLOSED:
+            self.counts.faults[f"replica_{cause}"] += 1
             for job in {ticket.job: None for ticket in tickets if ticket.is_admitted and not ticket.choice.is_done}:
                 job.record_death()
         for ticket in tickets:
@@ -240,6 +251,7 @@ class Placement:
         """Judges every replica and ends every wait that is over. Called every `TICK_S`."""
         now = self._clock()
         was_late = self._lag.tick(now)
+        self.loop_lag.observe(self._lag.late_s)
         for link in self.fleet.all_links():
             if was_late:
                 link.pulse.restart(now)
@@ -296,6 +308,8 @@ class Placement:
                 self._fail(ticket, EngineError(f"The request cannot be sent to the engine: {error}."))
                 continue
             self.counts.started += 1
+            if ticket.job.request.started_at is None:
+                ticket.job.request.started_at = now
             self._deadlines.move(ticket, ticket.job.request.deadline)
 
     def _resume(self, ticket: Ticket, now: float) -> None:
@@ -313,6 +327,7 @@ class Placement:
         self._queue(ticket.job.request.card.fingerprint).push(ticket, now)
 
     def _convict(self, job: Job) -> None:
+        self.counts.faults["poisonous_request"] += 1
         logger.error("request %s brought down %d engine steps", job.request.id, job.num_short_lives)
         for ticket in job.tickets:
             if not ticket.is_over:

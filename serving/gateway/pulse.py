@@ -50,11 +50,12 @@ class Lag:
     """Whether the gateway's own loop stood still between two ticks."""
 
     def __init__(self, now: float, tick_s: float) -> None:
+        self.late_s = 0.0  # of the last tick
         self._tick_s = tick_s
         self._last = now
 
     def tick(self, now: float) -> bool:
         """True when this tick came more than `MAX_LAG_S` later than it should have."""
-        is_late = now - self._last > self._tick_s + MAX_LAG_S
+        self.late_s = max(now - self._last - self._tick_s, 0.0)
         self._last = now
-        return is_late
+        return self.late_s > MAX_LAG_S

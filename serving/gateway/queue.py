@@ -105,6 +105,7 @@ class Queue:
         self._unknown_wait_s = unknown_wait_s
         self._lane = lane
         self._jitter = jitter
+        self.num_tokens = 0  # prompts and journals of those that wait
         self._len = 0
         self._first: list[Ticket] = []  # latest arrival first: the next to go is the last element
         self._lanes: dict[int, Lane] = {}
@@ -128,6 +129,7 @@ class Queue:
         """Never refuses: the bound is for newcomers (`check_room`), not for what has to be resumed."""
         self.rate.observe(now, self._len > 0, 0)
         self._len += 1
+        self.num_tokens += ticket.num_tokens
         ticket.is_queued = True
         if ticket.goes_first:
             insort(self._first, ticket, key=_latest_first)
@@ -151,6 +153,7 @@ class Queue:
                 self._priorities.pop()
         self.rate.observe(now, True, 1 if now > ticket.enqueued_at else 0)
         self._len -= 1
+        self.num_tokens -= ticket.num_tokens
         ticket.is_queued = False
         return ticket
 
@@ -169,6 +172,7 @@ class Queue:
                 del self._priorities[bisect_left(self._priorities, ticket.priority)]
         self.rate.observe(now, True, 0)
         self._len -= 1
+        self.num_tokens -= ticket.num_tokens
         ticket.is_queued = False
 
     def position(self, ticket: Ticket) -> int:

@@ -59,8 +59,8 @@ def make_server(app: FastAPI, settings: GatewaySettings) -> GatewayServer:
     gateway: Gateway = app.state.gateway
 
     def note_refusal(error: ArgosyError) -> str:
-        gateway.metrics.responses[OTHER, str(error.status)] += 1
-        gateway.metrics.errors[error.error_code] += 1
+        gateway.metrics.count_response(OTHER, error.status)
+        gateway.metrics.count_error(error)
         return gateway.ids.request("req")
 
     config = uvicorn.Config(

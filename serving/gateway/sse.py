@@ -158,6 +158,7 @@ class EventStream(Reply):
     def _break_off(self, connection: ClientConnection, error: ArgosyError) -> None:
         """Send the error, then end the connection in a way that no client takes for success."""
         CLIENT.debug("stream of request %s fails: %s", self.exchange.request.id, error.error_code)
+        self.exchange.meter.on_broken(error)
         connection.write_piece(b"data: " + error_json(error) + b"\n\n")
         connection.break_off()
 

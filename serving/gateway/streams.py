@@ -43,6 +43,8 @@ class Request:
     priority: int = 0
     salt: bytes = b""
     choices: list[Choice] = dataclasses.field(default_factory=list)
+    queued_at: float | None = None  # on the data plane's clock
+    started_at: float | None = None  # when a replica took the first choice
     on_progress: Callable[[Choice], None] = lambda choice: None
     """Called in the event loop, at most once per choice and engine frame, after the journal has
     grown or the choice has ended. Must not block and must not raise."""

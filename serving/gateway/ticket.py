@@ -86,6 +86,11 @@ class Ticket:
     def num_prompt_tokens(self) -> int:
         return len(self.choice.prompt_ids) // 4
 
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and journal: the same for as long as it waits."""
+        return self.num_prompt_tokens + len(self.choice.output_ids)
+
 
 def settled(choice: Choice, card: ModelCard) -> tuple[FinishReason, int] | None:
     """(reason, stop token id or -1) when the journal alone shows that the choice is complete.

@@ -8,7 +8,9 @@ import sys
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.errors import EngineError
-from serving.metrics import MAX_MODELS, Histogram, Metrics
+from serving.metrics.histogram import Histogram
+from serving.metrics.labels import MAX_MODELS
+from serving.metrics.page import Metrics
 from tests.gateway.world import MODEL, Script, a_world
 
 

@@ -32,6 +32,7 @@ from serving.gateway.server import GatewayServer, make_server
 from serving.gateway.streams import Choice, Request
 from serving.gateway.text.chat_template import ChatTemplate
 from serving.gateway.text.tokenizer import Tokenizer, max_prompt_bytes
+from serving.metrics.snapshot import PlaneView
 from serving.types import NO_LOGPROBS, FinishReason, ModelCard
 
 MODEL = "tiny"
@@ -155,6 +156,9 @@ class ScriptedPlane:
 
     def progress(self) -> list[dict[str, Any]]:
         return [{"id": "replica-0", "state": "ready", "epoch": 1, "ranks": []}]
+
+    def view(self) -> PlaneView:
+        return PlaneView()
 
     def is_ready(self) -> tuple[bool, str]:
         return self.ready

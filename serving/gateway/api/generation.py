@@ -5,8 +5,8 @@ An endpoint brings a `Format`: how its body is parsed and what its replies look 
 
 from __future__ import annotations
 
-import asyncio
 import re
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from serving.gateway.sse import EventStream
 from serving.gateway.streams import Choice, Request
 from serving.gateway.text.stop import StopMatcher, StopSet
 from serving.gateway.usage import usage
-from serving.metrics import RequestMeter
+from serving.metrics.meter import RequestMeter
 from serving.wire import unpack_ids
 
 encode = msgspec.json.Encoder().encode
@@ -62,7 +62,7 @@ class Format(Protocol):
 
 async def generate(gateway: Gateway, http: HttpRequest, form: Format) -> Response:
     """Serve one generation request. Raises every ArgosyError that a client may cause or meet."""
-    arrived = asyncio.get_running_loop().time()
+    arrived = time.monotonic()
     is_lenient = http.headers.get("x-argosy-lenient") == "1"
     client: ClientConnection = http.scope["extensions"]["argosy.connection"]
     with gateway.admission.holding() as hold:
@@ -87,7 +87,7 @@ async def generate(gateway: Gateway, http: HttpRequest, form: Format) -> Respons
         draw_seed=gateway.ids.seed,
     )
     renderings = make_renderings(request, generation, form, language)
-    meter = RequestMeter(gateway.metrics.model(card.model), arrived)
+    meter = RequestMeter(gateway.metrics, card.model, arrived, request)
     exchange = Exchange(request, renderings, gateway.dispatch, meter, gateway.wakes)
     try:
         exchange.submit()
