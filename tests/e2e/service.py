@@ -183,15 +183,16 @@ def kill_in_the_middle(
     """Sixteen mixed streams, a rank of a replica struck while they run: every event is the undisturbed run's."""
     requests = mixed_requests(model, max_tokens)
     undisturbed = Streams(service, requests).join()
+    service.wait_for_blocks()  # the next beat tells how many steps there were
+    before = {replica["id"]: replica.get("step") or 0 for replica in service.replicas()}
     streams = Streams(service, requests)
     deadline = time.monotonic() + 60
     while True:
         busiest = max(service.replicas(), key=lambda replica: replica.get("num_running") or 0)
-        if (busiest.get("num_running") or 0) >= 8:
+        if (busiest.get("num_running") or 0) >= 8 and busiest["step"] > before.get(busiest["id"], 0) + 10:
             break
         assert time.monotonic() < deadline, "the streams do not start"
         time.sleep(0.02)
-    time.sleep(0.5)
     running = {replica["id"]: replica.get("num_running") for replica in service.replicas()}
     assert running[busiest["id"]], "the streams were over before the blow"
     victim = busiest["ranks"][rank]["pid"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,10 +53,11 @@ def back_again(service: Service, before: dict[int, int]) -> dict[int, int]:
     return after
 
 
-class TestPromises(Promises):
-    model = MODEL
-    max_model_len = 1024
+class TestSockets:
+    """Those of the ranks are on loopback, too. The other promises do not depend on who computes: test_ray.py."""
+
     listens_everywhere = SERVES_OWN
+    test_only_loopback_listens = Promises.test_only_loopback_listens
 
 
 def test_rank_1_is_an_actor_of_its_own(service: Service) -> None:
@@ -73,14 +72,3 @@ def test_a_rank_that_is_killed_or_frozen_costs_no_token(service: Service, blow: 
     before = dict(eventually(lambda: gang(service), BACK_S))
     kill_in_the_middle(service, MODEL, max_tokens=150, number=blow, rank=1)
     back_again(service, before)
-
-
-def test_a_frozen_rank_does_not_outlive_a_killed_replica(service: Service) -> None:
-    """It reads no end of its connection, and rank 0 is not there to kill it: Ray does."""
-    before = dict(eventually(lambda: gang(service), BACK_S))
-    os.kill(before[1], signal.SIGSTOP)
-    os.kill(before[0], signal.SIGKILL)
-    back_again(service, before)
-    begun = time.monotonic()
-    reply = service.http.post("/v1/completions", json={"model": MODEL, "prompt": "after all", "max_tokens": 4})
-    assert reply.status_code == 200 and time.monotonic() - begun < 30
