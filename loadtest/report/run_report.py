@@ -26,6 +26,7 @@ _COUNTED = (
     "requests that succeeded; goodput counts all that were offered. Rates divide by the time from the first intended "
     "send to the last end. An inter-token gap lies between two reads that brought output."
 )
+_ONE_OF_THESE = "<p>Everything else on this page is of one of these runs: the one at the highest rate that held.</p>"
 _PNG_FIGURES = (
     *("requests-over-time", "in-flight-over-time"),
     *("ttft-over-time", "itl-over-time"),
@@ -58,7 +59,8 @@ def write_report(run: Recorded, objective: Objective, folder: Path, knee: Knee |
     written.json_path.write_bytes(json_bytes(summary, knee))
     if written.png_path:
         shown = [figure for name, figure in (*knee_named[:2], *named) if knee_named or name in _PNG_FIGURES]
-        written.png_path.write_bytes(png.drawn(f"{_title(summary)} · {_outcome(summary)}", shown[:6]))
+        outcome = _outcome(summary) if knee is None else f"knee {words.rate(knee.rate)}"
+        written.png_path.write_bytes(png.drawn(f"{_title(summary)} · {outcome}", shown[:6]))
     return written
 
 
@@ -71,7 +73,7 @@ def html(
     """The page: a function of its arguments alone, so that the same run gives the same bytes."""
     sections: list[tuple[str, str]] = []
     if knee is not None:
-        sections.append(("Knee", page.figures(knee_named or []) + page.table(tables.knee_sheet(knee))))
+        sections.append(("Knee", page.figures(knee_named or []) + page.table(tables.knee_sheet(knee)) + _ONE_OF_THESE))
     by_title = {sheet.title: sheet for sheet in tables.sheets(summary)}
     counts = by_title.pop("Counts")
     if "Latencies" in by_title:
@@ -133,7 +135,7 @@ def said(text: str) -> str:
 
 def show_sheet(sheet: Sheet, console: Console) -> None:
     tones = {"better": "green", "held": "green", "worse": "red", "broke": "red", "invalid": "red", "unclear": "yellow"}
-    shown = RichTable(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    shown = RichTable(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(sheet.columns):
         shown.add_column(said(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in sheet.rows:

@@ -74,7 +74,7 @@ def totals(summary: Summary) -> Sheet:
 
 def by(title: str, groups: dict[str, Group]) -> Sheet:
     spreads = ("TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "E2E p50", "E2E p99")
-    columns = ("", "offered", "completed", "good", "goodput", "tokens out", *spreads, "errors")
+    columns = ("", "offered", "done", "good", "goodput", "tokens", *spreads, "errors")
     return Sheet(title, columns, tuple(_group_row(name or "(none)", group) for name, group in groups.items()))
 
 
