@@ -44,6 +44,8 @@ class EngineSettings:
     async_depth: int = 0  # steps in flight beyond the one being read (C5)
     weight_cache_dir: str = ""  # where packed weights are kept for the next start; "" = nowhere
     enable_prefix_cache: bool = True
+    read_limit_gb_s: float | None = None  # memory reads of a rank's device; None = measured at start, one rank only
+    compute_limit_tflops: float | None = None  # arithmetic of its linears; likewise
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +117,8 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
     "seed": (0, (1 << 63) - 1),
     "num_threads": (1, 1024),
     "async_depth": (0, 1),
+    "read_limit_gb_s": (0.001, 1e6),
+    "compute_limit_tflops": (0.001, 1e6),
     "max_queue_len": (1, 1_000_000),
     "queue_timeout_s": (0, 3600),
     "request_timeout_s": (1, 86400),

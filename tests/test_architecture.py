@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("models",),
     "serving": ("serving", "models"),  # cli, supervisor, the runtimes: wiring
     "serving.gateway": ("serving.gateway", *LEAVES),
-    "serving.engine": ("serving.engine", "models", *LEAVES),
+    "serving.engine": ("serving.engine", "serving.planning.roofline", "models", *LEAVES),
     "serving.deployments": ("serving.deployments", "serving.engine", *LEAVES),
     "serving.planning": ("serving.planning", "models", *LEAVES),
     "serving.sim": ("serving.sim", "serving.engine", "serving.gateway", "serving.deployments.autoscaling", *LEAVES),

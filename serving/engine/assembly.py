@@ -26,6 +26,7 @@ from serving.engine.core import EngineCore
 from serving.engine.cost import FIRST_PREFILL_TOKENS, StepCostModel
 from serving.engine.executor import Executor, GangExecutor, LocalExecutor
 from serving.engine.gang import Gang, GangFailed
+from serving.engine.limit import find_limit
 from serving.engine.output import StepOutput
 from serving.engine.rank_wire import Begin, Loaded, Setup, message_frame
 from serving.engine.scheduler import Scheduler
@@ -78,7 +79,8 @@ def build_engine(
     executor: Executor = LocalExecutor(worker) if gang is None else GangExecutor(worker, gang)
     # A gang's rows wait for their last sample, so more steps in flight than stages would find none to compute.
     depth = settings.async_depth if gang is None else settings.pipeline_parallel_size - 1
-    core = EngineCore(scheduler, executor, on_output=on_output, on_failure=on_failure, async_depth=depth)
+    limit = find_limit(settings, worker, on_phase or (lambda name, seconds: None))
+    core = EngineCore(scheduler, executor, on_output=on_output, on_failure=on_failure, async_depth=depth, limit=limit)
     if gang is not None:
         gang.guard(on_failure, lambda: core.limit_s)
     return Engine(worker, core, gang)

@@ -30,6 +30,7 @@ class BlockPool:
         if num_blocks < 2:
             raise ValueError(f"num_blocks must be at least 2 (one is the sink), got {num_blocks}")
         self.num_blocks = num_blocks
+        self.num_evicted = 0  # since the start
         self._fresh = list(range(num_blocks - 1, SINK, -1))
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._references = [0] * num_blocks
@@ -59,6 +60,7 @@ class BlockPool:
             else:
                 block, _ = self._evictable.popitem(last=False)
                 self._forget(block)
+                self.num_evicted += 1
             self._references[block] = 1
             blocks.append(block)
         return blocks

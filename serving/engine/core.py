@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -11,6 +12,7 @@ import numpy as np
 
 from serving.engine.cost import Features, features
 from serving.engine.executor import Executor, StepHandle
+from serving.engine.limit import StepLimit
 from serving.engine.output import StepOutput
 from serving.engine.plan import Plan
 from serving.engine.records import StepRecords
@@ -35,9 +37,11 @@ class EngineCore:
         on_output: Callable[[StepOutput], None],
         on_failure: Callable[[BaseException], None],
         async_depth: int = 0,
+        limit: StepLimit | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
+        self.limit = limit
         self.records = StepRecords()
         self.num_steps = 0
         self.step_started_s: float | None = None  # start of the loop's present turn; None = resting
@@ -145,19 +149,24 @@ class EngineCore:
         return output
 
     def _record(self, plan: Plan, started: float, duration: float, announced: float, num_tokens: int) -> None:
-        is_decode = plan.num_tokens == 1
-        num_decoding = int(np.count_nonzero(is_decode))
+        num_decoding = int(np.count_nonzero(plan.num_tokens == 1))
+        num_prefill = int(plan.num_tokens.sum()) - num_decoding
+        ideal = math.nan
+        if self.limit is not None:
+            ideal = self.limit.seconds(plan.starts, plan.num_tokens, int(np.count_nonzero(plan.num_samples)))
+        self.scheduler.tally.stepped(duration, announced, ideal, num_prefill, num_decoding)
         self.records.append(
             plan.step,
             started,
             duration,
             announced,
             len(plan.slots),
-            int(plan.num_tokens.sum()) - num_decoding,
+            num_prefill,
             num_decoding,
             int((plan.starts + plan.num_tokens).sum()),
             self.scheduler.num_waiting,
             self.scheduler.pool.num_owned,
+            ideal,
         )
         # Exponential average with a time constant of one second of work.
         weight = min(1.0, duration)

@@ -17,6 +17,7 @@ RECORD = np.dtype(
         ("context_tokens", np.int64),  # sum of context lengths: KV read
         ("num_waiting", np.int32),
         ("blocks_used", np.int32),
+        ("ideal_s", np.float32),  # at the hardware's limit; NaN = not known
     ]
 )
 

@@ -19,6 +19,7 @@ from serving.engine.output import StepOutput, renumber
 from serving.engine.plan import NO_IDS, NewRow, Plan
 from serving.engine.request import Int32Array, Phase, Request
 from serving.engine.rows import Rows, rank
+from serving.engine.tally import Tally
 from serving.engine.waiting import WaitingQueue
 from serving.errors import InvalidRequest
 from serving.types import FinishReason
@@ -54,6 +55,7 @@ class Scheduler:
         self.pool = BlockPool(num_blocks)
         self.rows = Rows(max_num_seqs, max_model_len)
         self.cost_model = cost_model or StepCostModel()
+        self.tally = Tally()
         self._enable_prefix_cache = enable_prefix_cache
         self._num_stages = num_stages
         self._sends_inputs = sends_inputs
@@ -264,6 +266,7 @@ class Scheduler:
         if not request.was_admitted:
             request.was_admitted = True
             self._admitted.append((*request.key, num_cached))
+            self.tally.admitted(len(request.tokens), num_cached)
 
     # --- update ---------------------------------------------------------------------------------
 
@@ -338,6 +341,7 @@ class Scheduler:
         request = self.rows.request_in(slot)
         request.is_preempting = True
         request.num_preemptions += 1
+        self.tally.num_preemptions += 1
         self._let_go(slot)
 
     def _end(self, request: Request) -> None:

@@ -30,6 +30,7 @@ from serving.engine.held import HeldRows
 from serving.engine.output import StepOutput
 from serving.engine.permits import Permits
 from serving.engine.request import Request
+from serving.engine.stats import Start, stats_of
 from serving.engine.translate import asset_pieces, to_request, to_step
 from serving.engine.watchdog import disarm, end_if_stalled
 from serving.engine.worker import Found, LoadCallback
@@ -39,6 +40,7 @@ from serving.types import ModelCard, RankState
 log = logging.getLogger(__name__)
 
 BEAT_INTERVAL_S = 0.08
+STATS_EVERY = 6  # beats
 ORPHAN_GRACE_S = 1.0
 
 
@@ -71,8 +73,7 @@ class ReplicaServer:
         self.epoch = time.time_ns() & 0x7FFFFFFFFFFF
         self.failure: BaseException | None = None
         self._socket, self.address = address.bind(listen)
-        self._on_phase = on_phase
-        self._on_load = on_load
+        self._start = Start(on_phase, on_load)
         self._exits_on_failure = exits_on_failure
         self._state = "loading"
         self._ranks = ranks
@@ -94,8 +95,8 @@ class ReplicaServer:
         self._engine = engine = build_engine(
             self.settings,
             self._ranks,
-            on_phase=self._on_phase,
-            on_load=self._on_load,
+            on_phase=self._start.phase,
+            on_load=self._start.load,
             on_output=lambda output: self._post(self._emit, output),
             on_failure=self._fail,
         )
@@ -223,7 +224,7 @@ class ReplicaServer:
 
     def opened(self, connection: Connection) -> None:
         self._connections[connection.number] = connection
-        self._send_beat(connection)
+        self._send_beat(connection, has_stats=True)
 
     def closed(self, connection: Connection) -> None:
         """Its rows have nobody to write to: keyed ones are held, the others end after a grace."""
@@ -350,10 +351,10 @@ class ReplicaServer:
         if self._exits_on_failure:
             end_if_stalled(core.step_age_s)
         for connection in list(self._connections.values()):
-            self._send_beat(connection)
+            self._send_beat(connection, has_stats=self._beat_seq % STATS_EVERY == 0)
         self._handover.expire()
 
-    def _send_beat(self, connection: Connection) -> None:
+    def _send_beat(self, connection: Connection, has_stats: bool) -> None:
         core, pool = self.core, self.core.scheduler.pool
         self._grant(connection)
         connection.send_ahead(
@@ -370,6 +371,7 @@ class ReplicaServer:
                 granted=connection.granted,
                 ranks=self.progress(),
                 tokens_per_s=core.tokens_per_s,
+                stats=stats_of(self._engine, self._start) if has_stats and self._engine is not None else None,
             )
         )
 

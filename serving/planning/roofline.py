@@ -126,6 +126,37 @@ def prefill_time_min(shape: Shape, num_new: int, num_cached: int, ceilings: Ceil
     return max(computing, read / ceilings.read_bytes_s)
 
 
+def step_time_min(
+    shape: Shape,
+    ceilings: Ceilings,
+    *,
+    num_tokens: int,
+    num_logits: int,
+    decode_pairs: float,
+    prompt_pairs: float = 0.0,
+    cached_pairs: float = 0.0,
+) -> float:
+    """Seconds of one step that may decode rows and compute parts of prompts together.
+
+    num_tokens: of all rows. decode_pairs: `cached_pairs` of rows with one token. prompt_pairs: `prompt_pairs` of the
+    others. cached_pairs: (layer, cached token) pairs that the prompts' parts read, each once.
+    Linears read their weights once for all rows; attention follows them, it does not overlap with them. Without
+    prompts this is `decode_time_min`.
+    """
+    read_bytes_s, attention_flops_s = ceilings.read_bytes_s, ceilings.attention_flops_s or ceilings.flops_s
+    linears = max(
+        shape.parameters_read(num_tokens) * shape.weight_bytes / read_bytes_s,
+        shape.linear_flops(num_tokens, num_logits) / ceilings.flops_s,
+    )
+    decoding = max(
+        shape.cache_bytes(decode_pairs) / read_bytes_s, shape.attention_flops(decode_pairs) / attention_flops_s
+    )
+    prompts = max(
+        shape.cache_bytes(cached_pairs) / read_bytes_s, shape.attention_flops(prompt_pairs) / attention_flops_s
+    )
+    return linears + decoding + prompts + shape.kv_bytes_per_token * num_tokens / read_bytes_s
+
+
 def _banded(num_new: int, num_cached: int, window: int) -> float:
     """The integral of min(num_cached + x, window) for x from 0 to num_new."""
     growing = min(max(window - num_cached, 0), num_new)

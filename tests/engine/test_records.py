@@ -8,7 +8,7 @@ from serving.engine.records import RECORD, StepRecords
 
 
 def record(step: int) -> tuple[float, ...]:
-    return (step, 10.0 + step, 0.5, 0.25, 3, 100, 2, 5_000_000_000, 7, 42)
+    return (step, 10.0 + step, 0.5, 0.25, 3, 100, 2, 5_000_000_000, 7, 42, 0.125)
 
 
 def test_it_keeps_the_newest_oldest_first() -> None:
