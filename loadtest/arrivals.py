@@ -163,11 +163,12 @@ def read_trace(path: Path, unit: str = "s", speed: float = 1.0) -> list[Arrival]
     arrivals = []
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            rows: Iterator[Any] = csv.DictReader(file) if path.suffix == ".csv" else map(_json, _filled(file))
+            rows: Iterator[Any] = csv.DictReader(file) if path.suffix == ".csv" else _filled(file)
             for number, row in enumerate(rows, 1):
                 if number > MAX_TRACE_LINES:
                     raise SpecError(f"trace {path}: more than {MAX_TRACE_LINES} lines")
                 try:
+                    row = _object(row)
                     at = _time(_first(row, _TIME_NAMES)) * (0.001 if unit == "ms" else 1.0)
                     prompt, output = _first(row, _PROMPT_NAMES), _first(row, _OUTPUT_NAMES)
                     lengths = [None if value in (None, "") else max(int(float(value)), 1) for value in (prompt, output)]
@@ -187,10 +188,11 @@ def _filled(file: Any) -> Iterator[str]:
     return (line for line in file if line.strip())
 
 
-def _json(line: str) -> Any:
-    row = json.loads(line)
+def _object(row: Any) -> dict[str, Any]:
+    if isinstance(row, str):
+        row = json.loads(row)
     if not isinstance(row, dict):
-        raise SpecError(f"trace: a line must be a JSON object, got {line[:60]!r}")
+        raise ValueError(f"must be a JSON object, got {str(row)[:60]}")
     return row
 
 

@@ -163,7 +163,7 @@ class Conductor:
         options = self._environment.parsed_options
         if options.csv_prefix:
             gevent.sleep(CSV_STATS_INTERVAL_SEC + 0.1)  # its writer looks once in this time
-        if options.headless or options.autostart:
+        if options.headless:
             self._environment.runner.quit()
         else:
             self._environment.runner.stop()

@@ -116,8 +116,9 @@ class Generator:
             if index % num_shares == number:
                 yield index, arrival
 
-    def _converse(self, conversation: Conversation, call: Call | None, intended_at: float) -> None:
-        """A conversation to its end: its first call is ready, the others wait for answers."""
+    def _converse(self, conversation: Conversation, call: Call | None, intended_at: float | None) -> None:
+        """A conversation to its end: its first call is ready, the others wait for answers. intended_at: None = now."""
+        intended_at = time.monotonic() if intended_at is None else intended_at
         while call is not None:
             answer = Answer(call, intended_at)
             self.health.num_intended += 1
@@ -138,7 +139,6 @@ class Generator:
             if call is not None:
                 intended_at = (answer.end_at or time.monotonic()) + self.plan.think_s
                 gevent.sleep(max(intended_at - time.monotonic(), 0))
-                intended_at = max(intended_at, answer.end_at or 0.0)
 
     def _seen(self, answer: Answer) -> None:
         stats.fire(self._environment, answer)
@@ -207,7 +207,7 @@ class Generator:
         if taken is None or late:
             return False
         conversation = self.workload.conversation(taken[0])
-        greenlet = self._greenlets.spawn(self._converse, conversation, conversation.next(), time.monotonic())
+        greenlet = self._greenlets.spawn(self._converse, conversation, conversation.next(), None)
         greenlet.join()
         if self.arrivals.think_s:
             gevent.sleep(self.arrivals.think_s)
