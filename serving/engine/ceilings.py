@@ -15,7 +15,7 @@ import torch
 
 from serving.planning.roofline import Ceilings
 
-SECONDS = 0.08
+SECONDS = 0.06
 """For each of at most four kinds."""
 _MIN_READ_BYTES = 8 << 20
 _MAX_READ_BYTES = 128 << 20

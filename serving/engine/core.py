@@ -153,7 +153,7 @@ class EngineCore:
         num_prefill = int(plan.num_tokens.sum()) - num_decoding
         ideal = math.nan
         if self.limit is not None:
-            ideal = self.limit.seconds(plan.starts, plan.num_tokens, int(np.count_nonzero(plan.num_samples)))
+            ideal = self.limit.seconds(plan.starts, plan.num_tokens, plan.num_samples, num_prefill)
         self.scheduler.tally.stepped(duration, announced, ideal, num_prefill, num_decoding)
         self.records.append(
             plan.step,

@@ -21,7 +21,7 @@ from serving.config import EngineSettings
 from serving.engine.ceilings import measure
 from serving.engine.request import Int32Array
 from serving.engine.worker import PhaseCallback, Worker
-from serving.planning.roofline import Ceilings, ExpertShape, Shape, step_time_min
+from serving.planning.roofline import Ceilings, ExpertShape, Shape, banded, step_time_min
 
 
 class StepLimit:
@@ -32,47 +32,41 @@ class StepLimit:
         self.ceilings = ceilings
         self._windows = tuple(Counter(shape.windows or (0,) * shape.num_layers).items())
 
-    def seconds(self, starts: Int32Array, num_tokens: Int32Array, num_logits: int) -> float:
-        """starts [R]: tokens before the step's own of each row; num_tokens [R]: those of the step."""
-        is_prefill = num_tokens > 1
-        if is_prefill.any():
-            contexts, new, before = starts[~is_prefill], num_tokens[is_prefill], starts[is_prefill]
-            prompt_pairs, cached_pairs = self._prompt_pairs(new.astype(np.float64), before)
-            num_new = int(num_tokens.sum())
-        else:
-            contexts, prompt_pairs, cached_pairs, num_new = starts, 0.0, 0.0, len(starts)
+    def seconds(self, starts: Int32Array, num_tokens: Int32Array, num_samples: Int32Array, num_prefill: int) -> float:
+        """The ideal cost of a step; its four lists as in the plan, all [R].
+
+        starts: tokens before the step's own. num_prefill: tokens of rows with more than one.
+        Measured 3 µs for a step that only decodes, 6 µs for one with a part of a prompt.
+        """
+        num_rows = len(starts)
+        decode_pairs = self._decode_pairs(starts)
+        if num_prefill == 0:
+            return step_time_min(
+                self.shape, self.ceilings, num_tokens=num_rows, num_logits=num_rows, decode_pairs=decode_pairs
+            )
+        prompt_pairs = cached_pairs = 0.0
+        prompts = np.flatnonzero(num_tokens > 1).tolist()
+        for at in prompts:
+            before, new = int(starts[at]), int(num_tokens[at])
+            for window, count in self._windows:
+                cached_pairs += count * (min(before, window - 1) if window else before)
+                prompt_pairs += count * (banded(new, before, window) if window else new * before + new * new / 2)
         return step_time_min(
             self.shape,
             self.ceilings,
-            num_tokens=num_new,
-            num_logits=num_logits,
-            decode_pairs=self._decode_pairs(contexts),
+            num_tokens=num_prefill + num_rows - len(prompts),
+            num_logits=int(np.count_nonzero(num_samples)),
+            decode_pairs=decode_pairs - cached_pairs,
             prompt_pairs=prompt_pairs,
             cached_pairs=cached_pairs,
         )
 
     def _decode_pairs(self, contexts: Int32Array) -> float:
         """(layer, cached token) pairs that one new token after each context sees."""
-        return float(
-            sum(
-                count * int((np.minimum(contexts, window - 1) if window else contexts).sum())
-                for window, count in self._windows
-            )
-        )
-
-    def _prompt_pairs(self, new: np.typing.NDArray[np.float64], before: Int32Array) -> tuple[float, float]:
-        """(layer, new token, token it sees) triples, and the (layer, cached token) pairs read for them."""
-        pairs = cached = 0.0
+        pairs = 0
         for window, count in self._windows:
-            if window:
-                growing = np.clip(window - before, 0, new)
-                seen = growing * before + growing * growing / 2 + (new - growing) * window
-                cached += count * float(np.minimum(before, window - 1).sum())
-            else:
-                seen = new * before + new * new / 2
-                cached += count * float(before.sum())
-            pairs += count * float(seen.sum())
-        return pairs, cached
+            pairs += count * int((np.minimum(contexts, window - 1) if window else contexts).sum())
+        return float(pairs)
 
 
 def find_limit(settings: EngineSettings, worker: Worker, on_phase: PhaseCallback) -> StepLimit | None:

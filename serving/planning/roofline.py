@@ -92,7 +92,7 @@ class Shape:
         everything = num_new * num_cached + num_new * num_new / 2
         if not self.windows:
             return self.num_layers * everything
-        return sum(_banded(num_new, num_cached, window) if window else everything for window in self.windows)
+        return sum(banded(num_new, num_cached, window) if window else everything for window in self.windows)
 
     def cache_bytes(self, pairs: float) -> float:
         return self._kv_bytes_per_layer * pairs
@@ -157,7 +157,7 @@ def step_time_min(
     return linears + decoding + prompts + shape.kv_bytes_per_token * num_tokens / read_bytes_s
 
 
-def _banded(num_new: int, num_cached: int, window: int) -> float:
+def banded(num_new: int, num_cached: int, window: int) -> float:
     """The integral of min(num_cached + x, window) for x from 0 to num_new."""
     growing = min(max(window - num_cached, 0), num_new)
     return growing * num_cached + growing * growing / 2 + (num_new - growing) * window
