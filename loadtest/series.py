@@ -9,7 +9,8 @@ import numpy as np
 from loadtest.table import Bools, Floats, Table
 
 MAX_SLICES = 120
-MIN_PER_SLICE = 40  # requests, on average: below that a p99 is a maximum of a few
+PER_SLICE, MIN_PER_SLICE = 40, 5  # requests, on average: many where there are, so that a p99 says something
+FEW_SLICES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ def over_time(table: Table, is_good: Bools, percentiles: tuple[int, ...] = (50, 
     start = float(table.intended_s[0])
     ends = np.fmax(table.end_s, table.intended_s)
     stop = max(float(ends.max()), start + 1e-3)
-    num_slices = max(1, min(MAX_SLICES, len(table) // MIN_PER_SLICE))
+    num_slices = max(1, min(MAX_SLICES, max(len(table) // PER_SLICE, min(FEW_SLICES, len(table) // MIN_PER_SLICE))))
     edges = np.linspace(start, stop, num_slices + 1)
     length = edges[1] - edges[0]
 

@@ -13,17 +13,18 @@ from rich.console import Console
 from loadtest.compare import Change, RunComparison
 from loadtest.report import page, words
 from loadtest.report.figure import Axis, Figure, Rule, Series, fitted
+from loadtest.report.plots import MIN_SHOWN_S
 from loadtest.report.run_report import said, show_sheet
 from loadtest.report.tables import Sheet, settings
 from loadtest.summary import Summary
 from loadtest.table import Floats, Recorded
 
 NAMES = {
-    "goodput_share": "Goodput, share of requests",
-    "error_share": "Errors, share of requests",
+    "goodput_share": "Goodput, share",
+    "error_share": "Errors, share",
     "goodput_per_s": "Goodput, requests",
     "output_tokens_per_s": "Output tokens",
-    "unequal_share": "Answers that differ when sent again",
+    "unequal_share": "Unequal answers",
 }
 _KINDS = {"ttft": "TTFT", "itl": "ITL", "max_gap": "Longest gap", "tpot": "TPOT", "e2e": "End to end"}
 
@@ -77,7 +78,7 @@ def changes_sheet(comparison: RunComparison) -> Sheet:
             _value(change, change.a),
             _value(change, change.b),
             _delta(change, change.change),
-            f"{_delta(change, change.low)} … {_delta(change, change.high)}",
+            _interval(change),
             change.verdict,
         )
         for change in comparison.changes
@@ -127,7 +128,7 @@ def distributions(a: Recorded, b: Recorded, comparison: RunComparison) -> list[t
     limits = {"ttft": objective.ttft_s, "itl": objective.itl_s, "e2e": objective.e2e_s, "tpot": None}
     found = []
     for kind, limit in limits.items():
-        rows = [np.sort(np.maximum(values, 1e-6)) for values in (_values(run, kind) for run in (a, b))]
+        rows = [np.sort(np.maximum(values, MIN_SHOWN_S)) for values in (_values(run, kind) for run in (a, b))]
         if not all(map(len, rows)):
             continue
         marks = [] if limit is None else [np.array([limit])]
@@ -142,7 +143,7 @@ def distributions(a: Recorded, b: Recorded, comparison: RunComparison) -> list[t
                 for name, row, tone in zip("AB", rows, ("orange", "blue"), strict=True)
             ),
             () if limit is None else (Rule(limit, f"objective {words.tick(limit)}", True),),
-            note="The further left and up, the faster. The axis is logarithmic.",
+            note="The further left and up, the faster. The axis is logarithmic; 10 µs stands for less.",
         )
         found.append((f"{kind}-compared", figure))
     return found
@@ -163,6 +164,13 @@ def _settings(a: Summary, b: Summary) -> Sheet:
 
 def _value(change: Change, value: float) -> str:
     return {"s": words.duration, "1/s": words.rate, "share": words.share}[change.unit](value)
+
+
+def _interval(change: Change) -> str:
+    if math.isnan(change.low):
+        return words.NOTHING
+    unit = "points" if change.unit == "share" else "%"
+    return f"{change.low * 100:+.1f} … {change.high * 100:+.1f} {unit}"
 
 
 def _delta(change: Change, value: float) -> str:

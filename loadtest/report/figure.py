@@ -85,7 +85,7 @@ class Axis:
     low: float
     high: float
     is_log: bool = False
-    say: Callable[[float], str] = words.number
+    say: Callable[[float], str] = words.plain_number
 
     def place(self, value: Floats) -> Floats:
         """Where values lie between the ends, 0 to 1; what lies outside is drawn at the end."""
@@ -214,7 +214,11 @@ class Figure:
 
 
 def fitted(
-    label: str, values: Sequence[Floats], say: Callable[[float], str] = words.number, *, is_log: bool | None = None
+    label: str,
+    values: Sequence[Floats],
+    say: Callable[[float], str] = words.plain_number,
+    *,
+    is_log: bool | None = None,
 ) -> Axis:
     """The axis that shows all `values`: from zero, or logarithmic where they span more than two decades.
 

@@ -16,6 +16,7 @@ from loadtest.series import over_time
 from loadtest.table import Recorded, Table
 
 NUM_BINS = 80
+MIN_SHOWN_S = 1e-5  # gaps within one read are 0 s, which a logarithmic axis has no place for
 PERCENTILE_TONES = {50: "low", 90: "middle", 99: "high"}
 
 
@@ -176,7 +177,7 @@ def _distributions(table: Table, objective: Objective) -> list[tuple[str, Figure
 
 def _distribution(what: str, rows: dict[str, Floats], limit: float | None) -> Figure:
     """Cumulated shares, over a histogram of the first row; without series where there are no values."""
-    known = {name: np.sort(np.maximum(row[~np.isnan(row)], 1e-6)) for name, row in rows.items()}
+    known = {name: np.sort(np.maximum(row[~np.isnan(row)], MIN_SHOWN_S)) for name, row in rows.items()}
     known = {name: row for name, row in known.items() if len(row)}
     if not known:
         return Figure(what, Axis("", 0, 1), Axis("", 0, 1), ())
@@ -209,7 +210,7 @@ def _distribution(what: str, rows: dict[str, Floats], limit: float | None) -> Fi
             )
             for low, high in itertools.pairwise(float(edge) for edge in edges)
         ),
-        "Lines: the share of values at or below. Shaded: where the values of the first lie. The axis is logarithmic.",
+        "Lines: the share of values at or below. Shaded: where those of the first lie. 10 µs stands for less.",
     )
 
 

@@ -39,7 +39,7 @@ def drawn(title: str, figures: Sequence[Figure]) -> bytes:
             tile.put(mark)
     image = image.resize((width * SCALE // SMALLER, height * SCALE // SMALLER), Image.Resampling.LANCZOS)
     out = io.BytesIO()
-    image.quantize(64, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 

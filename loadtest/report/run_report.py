@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from rich import box, markup
@@ -136,13 +136,30 @@ def said(text: str) -> str:
 def show_sheet(sheet: Sheet, console: Console) -> None:
     tones = {"better": "green", "held": "green", "worse": "red", "broke": "red", "invalid": "red", "unclear": "yellow"}
     shown = RichTable(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(sheet.columns):
-        shown.add_column(said(column), justify="left" if index == 0 else "right", overflow="fold")
+    kept = _kept_columns(sheet, console.width)
+    for index in kept:
+        justify: Literal["left", "right"] = "left" if index == 0 else "right"
+        shown.add_column(
+            said(sheet.columns[index]), justify=justify, overflow="fold", no_wrap=0 < index < len(kept) - 1
+        )
     for row in sheet.rows:
-        shown.add_row(*(f"[{tones[cell]}]{cell}[/]" if cell in tones else said(cell) for cell in row))
+        cells = (row[index] for index in kept)
+        shown.add_row(*(f"[{tones[cell]}]{cell}[/]" if cell in tones else said(cell) for cell in cells))
     console.print(shown)
     if sheet.note:
         console.print(f"[dim]{said(sheet.note)}[/]")
+
+
+def _kept_columns(sheet: Sheet, width: int) -> list[int]:
+    """Columns that fit, without as many of the minor ones as it takes."""
+    gap = 3
+    widths = [max(map(len, column)) + gap for column in zip(sheet.columns, *sheet.rows, strict=True)]
+    kept = list(range(len(widths)))
+    for name in sheet.minor:
+        if sum(widths[index] for index in kept) <= width:
+            break
+        kept.remove(sheet.columns.index(name))
+    return kept
 
 
 def _banner(summary: Summary) -> str:

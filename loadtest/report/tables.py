@@ -19,6 +19,7 @@ class Sheet:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    minor: tuple[str, ...] = ()  # columns that a narrow terminal does without, first those to go first
 
 
 def headline(summary: Summary) -> list[tuple[str, str, str]]:
@@ -39,11 +40,11 @@ def latencies(group: Group) -> Sheet:
     rows: list[tuple[str, Spread]] = [
         ("Time to first token", group.ttft_s),
         ("… from the actual send", group.ttft_service_s),
-        ("Inter-token latency, every gap", group.itl_s),
+        ("Inter-token latency", group.itl_s),
         ("Longest gap of a request", group.max_gap_s),
         ("Time per output token", group.tpot_s),
         ("End to end", group.e2e_s),
-        ("Queue wait, as the server said", group.queue_wait_s),
+        ("Queue wait (server's)", group.queue_wait_s),
         ("Lag of the generator", group.send_lag_s),
     ]
     return Sheet(
@@ -51,6 +52,7 @@ def latencies(group: Group) -> Sheet:
         ("", "count", "mean", "p50", "p90", "p95", "p99", "max"),
         tuple((name, words.number(row.count), *_durations(row)) for name, row in rows if row.count),
         "From the intended send time unless said otherwise, of requests that succeeded; percentiles by nearest rank.",
+        minor=("mean", "p95", "count"),
     )
 
 
@@ -75,7 +77,10 @@ def totals(summary: Summary) -> Sheet:
 def by(title: str, groups: dict[str, Group]) -> Sheet:
     spreads = ("TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "E2E p50", "E2E p99")
     columns = ("", "offered", "done", "good", "goodput", "tokens", *spreads, "errors")
-    return Sheet(title, columns, tuple(_group_row(name or "(none)", group) for name, group in groups.items()))
+    rows = tuple(_group_row(name or "(none)", group) for name, group in groups.items())
+    return Sheet(
+        title, columns, rows, minor=("offered", "E2E p50", "ITL p50", "tokens", "good", "done", "E2E p99", "TTFT p50")
+    )
 
 
 def sheets(summary: Summary) -> list[Sheet]:
@@ -102,7 +107,7 @@ def knee_sheet(knee: Knee) -> Sheet:
         for group in (trial.summary.all,)
     )
     columns = ("rate", "verdict", "share", "goodput", "tokens out", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99")
-    return Sheet("Runs of the search", columns, rows, knee_words(knee))
+    return Sheet("Runs of the search", columns, rows, knee_words(knee), minor=("tokens out", "ITL p50", "TTFT p50"))
 
 
 def knee_words(knee: Knee) -> str:

@@ -37,8 +37,17 @@ def duration(seconds: float) -> str:
 
 def tick(seconds: float) -> str:
     """A duration without trailing zeros, for axes: `0.05` -> `50 ms`."""
-    amount, _, unit = duration(seconds).partition(" ")
-    return f"{amount.rstrip('0').rstrip('.') if '.' in amount else amount} {unit}".rstrip()
+    return _bare(duration(seconds))
+
+
+def plain_number(value: float) -> str:
+    """A number without trailing zeros, for axes: `0.4`."""
+    return _bare(number(value))
+
+
+def _bare(text: str) -> str:
+    amount, space, unit = text.partition(" ")
+    return (amount.rstrip("0").rstrip(".") if "." in amount else amount) + space + unit
 
 
 def number(value: float) -> str:
