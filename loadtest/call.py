@@ -174,7 +174,7 @@ def send(answer: Answer, pool: Pool, headers: Mapping[str, str] | None = None) -
         answer.status = response.status
         answer.server_id = response.header("x-request-id")[:128]
         if not 200 <= response.status < 300:
-            code, message = _error_words(_read_whole(response)[0])
+            code, message = _error_words(_rest(response))
             raise RequestFailed(of_status(response.status), message, code)
         if not call.is_stream:
             body, answer.end_at = _read_whole(response)
@@ -213,6 +213,14 @@ def _read_stream(response: Response, answer: Answer) -> None:
                 answer.take(_chunk(event.data), at)
     if not is_done:
         raise RequestFailed(TRUNCATED, "the stream ended without [DONE]")
+
+
+def _rest(response: Response) -> bytes:
+    """The body of an error, as far as it comes: its status says more than what is wrong with it."""
+    try:
+        return _read_whole(response)[0]
+    except RequestFailed:
+        return b""
 
 
 def _read_whole(response: Response) -> tuple[bytes, float]:

@@ -190,9 +190,9 @@ def bench(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def loadtest(context: typer.Context) -> None:
     """Put load on a server and measure what its clients see; --help lists the flags."""
-    from loadtest import command
+    import importlib
 
-    raise typer.Exit(command.main(list(context.args)))
+    raise typer.Exit(importlib.import_module("loadtest.command").main(list(context.args)))
 
 
 def _refuse(message: str) -> NoReturn:
