@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from loadtest.report import svg
 from loadtest.report.figure import Figure
+from loadtest.report.style import RULES
 from loadtest.report.tables import Sheet
 from loadtest.report.tones import DARK, LIGHT, variables
 from loadtest.report.words import escape
@@ -106,9 +106,8 @@ def _anchor(name: str) -> str:
 
 @functools.cache
 def _style() -> str:
-    rules = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     tones = "".join(f".l.{t},.o.{t}{{stroke:var(--{t})}}.a.{t},.d.{t},.t.{t}{{fill:var(--{t})}}" for t in LIGHT)
     return (
         f":root{{color-scheme:light dark;{variables(LIGHT)}}}"
-        f"@media screen and (prefers-color-scheme:dark){{:root{{{variables(DARK)}}}}}{tones}{rules}"
+        f"@media screen and (prefers-color-scheme:dark){{:root{{{variables(DARK)}}}}}{tones}{RULES}"
     )

@@ -1,3 +1,6 @@
+"""The page's rules; colours are variables, which `tones` sets for a light and a dark page."""
+
+RULES = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
 main,header,footer{max-width:1480px;margin:0 auto;padding:0 24px}
@@ -41,7 +44,8 @@ table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 details table{font-size:12px}
 caption{text-align:left;color:var(--muted);font-size:13px;padding-bottom:4px;max-width:90ch}
 th,td{padding:5px 12px;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
-th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal;overflow-wrap:anywhere;min-width:14ch;max-width:44ch}
+th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal;overflow-wrap:anywhere}
+th:first-child,td:first-child{min-width:14ch;max-width:44ch}
 thead th{color:var(--muted);font-weight:500}
 tbody th{font-weight:400}
 .words td,.words th{text-align:left;white-space:normal;overflow-wrap:anywhere}
@@ -58,3 +62,4 @@ footer{padding-top:36px;padding-bottom:36px}
  .figures{grid-template-columns:1fr 1fr}
  th,td{padding:3px 6px;font-size:11px}
 }
+"""
