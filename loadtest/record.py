@@ -4,7 +4,7 @@ A file is a `run` line, then `request`, `comparison` and `chapter` lines in the 
 `end` line. Without the `end` line the run was cut off and its figures are not to be trusted.
 
 Every time is in seconds since the run's start, on the monotonic clock of the process that sent the request; the
-run line says when that start was by the wall clock. None of it is prompt or output text.
+run line says when that start was by the wall clock. No prompt, no output, no key is in it; the text of an error is.
 """
 
 from __future__ import annotations

@@ -214,3 +214,14 @@ def test_what_the_server_says_in_comments_is_kept(fake: str, tmp_path: Path) -> 
         (3, 1.2, 1)
     ] * 2
     assert float(rows_of(tmp_path / "locust")["QUEUE"]["Average Response Time"]) == 1200
+
+
+def test_a_search_for_the_knee_makes_runs_and_reports_them(fake: str, tmp_path: Path) -> None:
+    from loadtest import command
+
+    flags = ["--target", fake, "--out", str(tmp_path), "--rate", "10", "--max-rate", "10", "--duration", "1"]
+    flags += ["--output-tokens", "2", "--slo-ttft", "5", "--max-send-lag", "1", "--max-loop-lag", "1"]
+    assert command.main(["knee", *flags]) == 0
+    assert (tmp_path / "00-10" / "loadtest.jsonl").exists()
+    assert "knee" in (tmp_path / "report.json").read_text()
+    assert command.main(["knee", "--rate", "1", "--duration", "1"]) == 2, "no promise to hold"
