@@ -1,4 +1,4 @@
-"""`argosy serve | pull | plan | chat | bench | loadtest`. Heavy imports wait until a command needs them."""
+"""`argosy serve | pull | plan | chat | bench | loadtest | metrics`. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -118,13 +118,13 @@ def plan(
     ] = None,
     gpu: Annotated[str | None, _flag("Device by name; cpu is one, too. [h100-80gb]", "NAME")] = None,
     gpus: Annotated[str | None, _flag("Devices in all. [1]", "N")] = None,
-    gpus_per_node: Annotated[str | None, _flag("Devices of one machine. [8]", "N")] = None,
+    gpus_per_node: Annotated[str | None, _flag("Devices of one machine. [8; 1 for cpu]", "N")] = None,
     dtype: Annotated[str | None, _flag("Type of weights. [bfloat16]", "bfloat16|float16|float32")] = None,
     quantization: Annotated[
         str | None, _flag("Format of linear layers; auto takes the model's. [auto]", "auto|none|int8|int4")
     ] = None,
     kv_dtype: Annotated[
-        str | None, _flag("Type of the KV cache. [that of weights]", "bfloat16|float16|float32")
+        str | None, _flag("Type of the KV cache; auto takes that of weights. [auto]", "auto|bfloat16|float16|float32")
     ] = None,
     context: Annotated[str | None, _flag("Tokens of one request. [8192, or the model's limit]", "N")] = None,
     max_num_seqs: Annotated[str | None, _flag("Rows that a replica runs at once. [32]", "N")] = None,
@@ -193,6 +193,35 @@ def loadtest(context: typer.Context) -> None:
     import importlib
 
     raise typer.Exit(importlib.import_module("loadtest.command").main(list(context.args)))
+
+
+@app.command()
+def metrics(
+    kind: Annotated[
+        str,
+        typer.Argument(help="rules (Prometheus), dashboard (Grafana), docs (Markdown); write: all, into a checkout."),
+    ],
+    ttft: Annotated[float, typer.Option(help="Objective for the first token, in seconds.")] = 2.0,
+    inter_token: Annotated[float, typer.Option(help="Objective between tokens, in seconds.")] = 0.15,
+    target: Annotated[float, typer.Option(help="Share of requests and tokens that must meet it.")] = 0.99,
+) -> None:
+    """Print what is made from the description of all metrics."""
+    from serving.metrics import command
+    from serving.metrics.rules import Objective, ObjectiveError
+
+    if kind == "write":
+        try:
+            command.write_all(Path.cwd())
+        except (OSError, ValueError) as error:
+            _refuse(f"this folder is no checkout of the project: {error}")
+        return
+    if kind not in command.KINDS:
+        _refuse(f"no {kind!r}; there are: {', '.join(command.KINDS)}, write")
+    try:
+        objective = Objective(ttft, inter_token, target)
+    except ObjectiveError as error:
+        _refuse(str(error))
+    typer.echo(command.KINDS[kind](objective), nl=False)
 
 
 def _refuse(message: str) -> NoReturn:
