@@ -68,7 +68,8 @@ class StoredTensor:
         """Copy the rectangle to `out`, converted to its type. Returns the bytes read from the file.
 
         On the meta device nothing is read, but counted as if it were. Raises ModelError, beginning with a verb whose
-        subject is this tensor, when the file ends early, or for integers where floating-point values are wanted.
+        subject is this tensor, when the file ends early, for integers where floating-point values are wanted, or for
+        values that float16 would make infinite.
         """
         dtype = _TYPES.get(self.kind)
         if dtype is None or (dtype != out.dtype and not dtype.is_floating_point):
@@ -95,6 +96,8 @@ class StoredTensor:
             chunk = scratch.empty((len(into), len(read)), dtype)
             num_bytes += self._read(chunk, rows.start + start, read, width)
             into.copy_(chunk[:, place.start : place.stop])
+            if out.dtype == torch.float16 and dtype != out.dtype and into.isinf().any():
+                raise ModelError("has values beyond float16's 65,504; bfloat16 and float32 hold them")
         return num_bytes
 
     def row_bytes(self, columns: range | None) -> tuple[int, int, int]:

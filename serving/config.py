@@ -301,6 +301,7 @@ def _assemble(values: dict[str, Any], environ: Mapping[str, str]) -> ServeSettin
     if not serve.get("store"):
         cache = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME") or "~").expanduser() / ".cache")
         serve["store"] = str(Path(cache) / "argosy" / "models")
+    serve["store"] = str(expanded(serve["store"]))
     model = str(serve.get("model", DEFAULT_MODEL))
     name = serve.get("served_model_name") or derived_name(model)
     serve["served_model_name"] = name
@@ -342,12 +343,21 @@ def _fit_collectives(engine: dict[str, Any]) -> None:
         )
 
 
+def expanded(path: str) -> Path:
+    """With the home folder in place of ~; the ~ of a user that does not exist stays."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def derived_name(model: str) -> str:
     """The served name of a model reference: a path's last part without .gguf, anything else as it is."""
-    is_path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).exists()
-    if not is_path:
+    try:
+        is_path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).exists()
+        name = expanded(model).resolve().name if is_path else model
+    except (OSError, ValueError):  # longer than any name, or with a null character
         return model
-    name = Path(model).expanduser().resolve().name
     return name.removesuffix(".gguf") or model
 
 

@@ -115,7 +115,8 @@ def check_model(model_dir: Path, settings: ServeSettings, facts: Found) -> None:
         raise SettingsError(
             f"{settings.model} needs {_size(needed)} of memory ({_size(weight_bytes)} weights{cache} + {processes}"
             f"{times}) but {_size(facts.memory_available_bytes)} are free; "
-            "serve a smaller model, or lower --replicas or --kv-cache-bytes"
+            f"serve a smaller model, or lower {'the number of ranks, ' if num_ranks > 1 else ''}--replicas or "
+            "--kv-cache-bytes"
         )
 
 

@@ -189,7 +189,9 @@ class LocalRuntime:
             event = msgspec.json.decode(line, type=Event)
             if isinstance(event, Ready):
                 self._note_ready(replica)
-            elif not isinstance(event, Failed) or not replica.has_been_ready:
+            elif isinstance(event, Failed) and replica.has_been_ready:
+                self._tell(Note(f"replica {replica.index} (pid {replica.pid}): {event.text}"))  # it is tried again
+            else:
                 self._tell(event)
 
     def _note_ready(self, replica: _Replica) -> None:
@@ -320,7 +322,8 @@ class LocalRuntime:
         while True:
             healthy, why = server.health()
             if not healthy:
-                raise RuntimeError(f"replica {index} is sick: {why}")
+                print(f"replica {index} is sick: {why}", file=sys.stderr, flush=True)
+                os._exit(1)
             os.write(report_fd, _PULSE + b"\n")
             time.sleep(PULSE_S)
 

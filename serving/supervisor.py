@@ -9,13 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
-import os
-import secrets
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -26,9 +21,10 @@ import msgspec
 
 from serving import control
 from serving.child import Child, Launch
-from serving.config import ServeSettings
+from serving.config import ServeSettings, expanded
 from serving.errors import SettingsError
 from serving.found import Found
+from serving.run_folder import RunFolder
 
 BACKLOG: Final = 4096
 STOP_S: Final = 4.0
@@ -96,42 +92,6 @@ def _url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
-
-
-class RunFolder:
-    """A private folder for one run's sockets and secrets; removed at the end, and by the next run
-    when this one was killed."""
-
-    def __init__(self, root: Path | None = None) -> None:
-        # Paths of Unix sockets end at 107 bytes and Ray nests 70 below this one, so never a long TMPDIR.
-        root = root or Path(tempfile.gettempdir())
-        if len(str(root)) > 24:
-            root = Path("/tmp")
-        self._remove_abandoned(root)
-        self.path = Path(tempfile.mkdtemp(prefix="argosy-", dir=root))
-        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.secret = secrets.token_bytes(32)
-        self.secret_file = self.path / "secret"
-        self.secret_file.touch(0o600)
-        self.secret_file.write_bytes(self.secret)
-
-    @staticmethod
-    def _remove_abandoned(root: Path) -> None:
-        for folder in root.glob("argosy-????????"):
-            with contextlib.suppress(OSError):
-                if folder.stat().st_uid != os.getuid():
-                    continue
-                lock = os.open(folder / "lock", os.O_RDWR)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
-                finally:
-                    os.close(lock)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
 
 
 class Supervisor:
@@ -360,7 +320,7 @@ class Supervisor:
 def _weight_cache_dir(settings: ServeSettings) -> str:
     """Unless asked for, only what is rounded while it loads is kept: the rest packs as fast as a disk reads it."""
     if settings.weight_cache:
-        return "" if settings.weight_cache == "off" else str(Path(settings.weight_cache).expanduser().absolute())
+        return "" if settings.weight_cache == "off" else str(expanded(settings.weight_cache).absolute())
     return str(Path(settings.store) / ".packed") if settings.engine.quantization in ("int8", "int4") else ""
 
 

@@ -29,7 +29,7 @@ class StandInServer:
     """serving.engine.server.ReplicaServer without an engine.
 
     A connection sends one word: "who" answers "<pid> <epoch>", "sick" makes health() false,
-    "exit" ends the process. model_dir "broken" fails to load, "too-big" is killed. `served_model_name` "slow-drain"
+    "exit" ends the process. model_dir "broken" fails to load, as do others beside which a .gone lies; "too-big" is killed. `served_model_name` "slow-drain"
     drains for two seconds.
     """
 
@@ -69,6 +69,8 @@ class StandInServer:
     def start(self) -> None:
         if self._settings.model_dir == "broken":
             raise ModelLoadError("tensor model.norm.weight is missing")
+        if Path(self._settings.model_dir).with_suffix(".gone").exists():
+            raise ModelLoadError("tensor model.norm.weight has gone")
         if self._settings.model_dir == "too-big":
             os.kill(os.getpid(), signal.SIGKILL)  # what the kernel does when memory runs out
         self._on_load(1_000_000, 1_000_000, 0.01)

@@ -146,6 +146,8 @@ def test_variables_that_kubernetes_adds_for_a_service_named_argosy_are_not_setti
         ("org/model-7b", "org/model-7b"),
         ("./weights/Tiny.Q4_1.gguf", "Tiny.Q4_1"),
         ("/models/llama-tiny/", "llama-tiny"),
+        ("~nobody-has-this-name/x", "x"),
+        ("x" * 300, "x" * 300),
     ],
 )
 def test_the_served_name_follows_the_model(model: str, name: str) -> None:
@@ -158,6 +160,7 @@ def test_the_store_lies_in_the_users_cache() -> None:
     assert load().store == "/home/somebody/.cache/argosy/models"
     assert load(XDG_CACHE_HOME="/c").store == "/c/argosy/models"
     assert load(XDG_CACHE_HOME="/c", ARGOSY_STORE="/s").store == "/s"
+    assert load({"store": "~/s"}).store == str(Path.home() / "s")
 
 
 def test_settings_are_frozen() -> None:

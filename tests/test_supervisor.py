@@ -20,7 +20,8 @@ import pytest
 from serving import config, found
 from serving.config import ServeSettings
 from serving.errors import SettingsError
-from serving.supervisor import RunFolder, StartFailed, Supervisor, listen
+from serving.run_folder import RunFolder
+from serving.supervisor import StartFailed, Supervisor, listen
 from tests.stand_in import ask, eventually, fetch, is_alive
 
 STAND_IN = "tests.stand_in:StandInServer"
@@ -173,6 +174,8 @@ def test_a_replica_that_dies_falls_sick_or_stands_still_is_replaced_on_the_same_
             assert not is_alive(first[0])
             assert (await members(supervisor))[1] == second, "its neighbour never noticed"
             assert any("replica 0" in line and "restarting" in line for line in view.lines)
+            assert end != "sick" or "local | replica 0 is sick: told to be sick" in view.lines
+            assert not any("Traceback" in line for line in view.lines)
 
     asyncio.run(scenario())
 
@@ -183,6 +186,20 @@ def test_a_killed_runtime_takes_its_replicas_along_and_starts_them_again() -> No
             [old] = await members(supervisor)
             os.kill(supervisor.runtime.pid, signal.SIGKILL)
             await until(lambda: not is_alive(old[0]))
+            await other_than(old, supervisor)
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_cannot_load_again_says_why_until_it_can(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        view, gone = Recorder(), tmp_path / "model.gone"
+        async with serving(make_settings(), view, find_model=lambda: tmp_path / "model") as supervisor:
+            [old] = await members(supervisor)
+            gone.touch()
+            os.kill(old[0], signal.SIGKILL)
+            await until(lambda: sum("tensor model.norm.weight has gone" in line for line in view.lines) >= 2)
+            gone.unlink()
             await other_than(old, supervisor)
 
     asyncio.run(scenario())
@@ -266,13 +283,3 @@ def test_a_taken_port_is_refused_at_once_by_name() -> None:
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"--host 203\.0\.113\.7"):
         listen("203.0.113.7", 0)
-
-
-def test_a_live_run_folder_is_left_alone(tmp_path: Path) -> None:
-    short = Path("/tmp")
-    live = RunFolder(short)
-    try:
-        RunFolder(short).remove()
-        assert live.path.exists()
-    finally:
-        live.remove()

@@ -103,10 +103,14 @@ def find_source(reference: str, store: Path) -> Source:
         raise StoreError(f"a model reference has 1 to {MAX_REFERENCE_CHARS} characters, not {len(reference)}")
     if reference in ALIASES:
         return ALIASES[reference]
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(reference).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError):  # longer than any name; the ~ of a user that does not exist
+        path, is_folder, is_file = Path(reference), False, False
+    if is_folder:
         return LocalFolder(path.resolve())
-    if path.is_file():
+    if is_file:
         if path.suffix in PICKLES:
             raise StoreError(f"{path.name}: a pickle, which can run code and is never loaded")
         return GgufSource(_gguf_name(path), path.resolve())

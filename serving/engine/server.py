@@ -327,7 +327,7 @@ class ReplicaServer:
         connection.send(to_step(output, connection.number, connection.granted))
         for owner, handle in output.failed:
             if owner == connection.number:
-                fault = EngineError("The model computed no usable numbers for this request.", code="engine_fault")
+                fault = EngineError("The model computed NaN or infinity.", code="engine_fault")
                 self._reject(connection, handle, fault)
 
     # --- permits and beats ----------------------------------------------------------------------

@@ -202,10 +202,19 @@ def _paced(on_load: LoadCallback, started: float) -> Callable[[int, int], None]:
 
 
 def tokenizer_size(model_dir: str, logits_size: int) -> int:
-    """One more than the highest id of the tokenizer; the model may have padded rows beyond it."""
+    """One more than the highest id of the tokenizer; the model may have padded rows beyond it.
+
+    Raises ModelLoadError when the file is none, or has no tokens.
+    """
     from tokenizers import Tokenizer
 
-    ids = Tokenizer.from_file(str(_tokenizer_file(model_dir))).get_vocab(with_added_tokens=True).values()
+    path = _tokenizer_file(model_dir)
+    try:
+        ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelLoadError(f"{path.name} is not a tokenizer that this build can read: {error}") from error
+    if not ids:
+        raise ModelLoadError(f"{path.name} has no tokens")
     return min(logits_size, max(ids) + 1)  # not the number of entries: ids may have gaps
 
 

@@ -208,7 +208,7 @@ class Placement:
             self.counts.faults["engine_fault"] += 1
             ticket.job.record_death()
             if ticket.job.is_convicted:
-                self._convict(ticket.job)
+                self._convict(ticket.job, reject.message)
             else:
                 self._resume(ticket, now)
         else:
@@ -326,12 +326,14 @@ class Placement:
         self._deadlines.move(ticket, expires)
         self._queue(ticket.job.request.card.fingerprint).push(ticket, now)
 
-    def _convict(self, job: Job) -> None:
+    def _convict(self, job: Job, why: str = "") -> None:
+        """why: what the engine itself says of it, if it could say anything."""
         self.counts.faults["poisonous_request"] += 1
-        logger.error("request %s brought down %d engine steps", job.request.id, job.num_short_lives)
+        logger.error("request %s failed %d engine steps. %s", job.request.id, job.num_short_lives, why)
         for ticket in job.tickets:
             if not ticket.is_over:
-                self._fail(ticket, EngineError("The engine failed on this request, each time that it was tried."))
+                said = f"The engine failed on this request, each time that it was tried. {why}".rstrip()
+                self._fail(ticket, EngineError(said))
 
     def _forget(self, ticket: Ticket) -> None:
         """Takes the ticket out of wherever it is; nothing more is reported of it."""

@@ -11,12 +11,11 @@ from typing import TypeVar
 from rich.console import Console
 
 from models.platform import device_facts
-from serving.config import parse_bytes
 from serving.planning.accelerators import ACCELERATORS, Accelerator, Figure
 from serving.planning.demand import DTYPE_BYTES, QUANTIZATIONS, Demand, Machine, PlanError
 from serving.planning.lookup import find_config
 from serving.planning.plan import make_plan
-from serving.planning.quantities import parse_bandwidth, parse_rate
+from serving.planning.quantities import parse_bandwidth, parse_memory, parse_rate
 from serving.planning.report import as_json, print_choices, print_plan
 
 FITS, NOTHING_FITS = 0, 1
@@ -62,16 +61,18 @@ def _demand(model: str, flags: Flags, store: Path) -> Demand:
 
 
 def _machine(flags: Flags) -> Machine:
+    accelerator = _accelerator(flags)
     return Machine(
-        _accelerator(flags),
+        accelerator,
         _count(flags, "gpus", 1, _MAX_GPUS),
-        _count(flags, "gpus_per_node", 8, _MAX_GPUS),
+        # The figures of cpu are a whole machine's; ranks that share one have no more than it has.
+        _count(flags, "gpus_per_node", 1 if accelerator.is_cpu else 8, _MAX_GPUS),
     )
 
 
 def _accelerator(flags: Flags) -> Accelerator:
     """A named device with what the flags say instead; without a name, all that decides must be said."""
-    memory = _parsed(flags, "memory", parse_bytes)
+    memory = _parsed(flags, "memory", parse_memory)
     bandwidth = _parsed(flags, "bandwidth", parse_bandwidth)
     rate = _parsed(flags, "flops", parse_rate)
     link = _parsed(flags, "link", parse_bandwidth)

@@ -12,6 +12,7 @@ from models.store.files import read_json
 from models.store.gguf_config import read_config
 from models.store.gguf_file import read_gguf
 from models.store.sources import GgufSource, HubSource, LocalFolder, PackagedGguf, StoredFolder, find_source
+from serving.config import expanded
 from serving.planning.demand import PlanError
 from serving.planning.shapes import SHAPES
 
@@ -31,8 +32,8 @@ def find_config(reference: str, store: Path) -> tuple[ModelConfig, str]:
 def _find_fields(reference: str, store: Path) -> Fields:
     if reference in SHAPES:
         return Fields(SHAPES[reference], where=f"{reference}: ")
-    path = Path(reference).expanduser()
-    if path.suffix == ".json" and path.is_file():
+    path = expanded(reference)
+    if path.suffix == ".json" and _is_file(path):
         return Fields(read_json(path), where=f"{path.name}: ")
     try:
         source = find_source(reference, store)
@@ -51,6 +52,13 @@ def _find_fields(reference: str, store: Path) -> Fields:
                 return read_fields(stored)
             values, _ = read_config(read_gguf(source.locate()))
             return Fields(values, where=f"{source.locate().name}: ")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than any name, or with a null character
+        return False
 
 
 def _from_hub(source: HubSource, store: Path) -> Fields:

@@ -75,6 +75,8 @@ def _assumptions(demand: Demand, machine: Machine) -> Iterator[str]:
         f"The KV cache has blocks of {BLOCK_SIZE} tokens in {demand.kv_dtype}. Tables of positions reach to the asked "
         "context. Packed weights are counted without padding."
     )
+    if accelerator.is_cpu:
+        yield "A cpu is a whole machine: its memory, reads and arithmetic are what all ranks on it have together."
     yield _about_links(machine)
     if config.tie_word_embeddings:
         yield "The tied head is held twice: as a table for the embedding, and packed for multiplication."

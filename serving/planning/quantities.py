@@ -10,6 +10,14 @@ _FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)\s*(?:flops?|flop/s|ops?|op/s)?\s*", re.IGNORECASE)
 
 
+def parse_memory(text: str) -> int:
+    """ "80GB" or "512MiB", as bytes. Raises ValueError."""
+    found = parse_bytes(text)
+    if not found:
+        raise ValueError("must be above 0")
+    return found
+
+
 def parse_bandwidth(text: str) -> float:
     """ "3.0TB/s", "900GB/s" or a plain number, as bytes per second. Raises ValueError."""
     amount, _, per = text.strip().partition("/")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from serving.engine.worker import tokenizer_size
 from serving.errors import ModelLoadError
 from tests.engine.real import make_worker
 from tests.tiny import tiny_model_folder
@@ -78,3 +79,10 @@ def test_what_cannot_run_is_refused_before_weights_are_read(
     (tmp_path / "config.json").write_text(json.dumps({**config, **fields}))
     with pytest.raises(ModelLoadError, match=words):
         make_worker(tmp_path, max_model_len=None)
+
+
+@pytest.mark.parametrize("content", ["{}", "not JSON", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
+def test_a_tokenizer_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json (is not a tokenizer|has no tokens)"):
+        tokenizer_size(str(tmp_path), 300)

@@ -14,9 +14,10 @@ def test_unusable_logits_are_tried_elsewhere_and_not_for_ever() -> None:
     for attempt in range(3):
         holder = next(replica for replica in replicas if replica.link.num_rows)
         handle = max(holder.submits)
-        holder.link.receive(wire.Reject(handle, "engine_fault", "nan"))
+        holder.link.receive(wire.Reject(handle, "engine_fault", "The model computed NaN."))
         assert client.is_done == (attempt == 2)
     assert error_of(client).error_code == "engine_error"
+    assert str(error_of(client)).endswith("The model computed NaN."), "the client hears why"
 
 
 def test_three_deaths_without_progress_convict() -> None:

@@ -236,3 +236,14 @@ def test_an_index_and_its_files_must_agree(folder: Path) -> None:
     (folder / second).unlink()
     with pytest.raises(ModelError, match=f"{second} is missing"):
         load(folder)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_values_that_float16_cannot_hold_are_named(folder: Path, quantization: str) -> None:
+    content = load_file(folder / SINGLE_FILE)
+    name = "model.layers.1.mlp.up_proj.weight"
+    content[name][3, 5] = 1e5
+    save_file({key: value.bfloat16() for key, value in content.items()}, folder / SINGLE_FILE)
+    with pytest.raises(ModelError, match=f"{name} has values beyond float16's 65,504"):
+        load_model(folder, dtype="float16", quantization=quantization)
+    load_model(folder, dtype="bfloat16", quantization=quantization)

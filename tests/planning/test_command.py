@@ -132,6 +132,7 @@ def test_flags_replace_the_ceilings() -> None:
     ("flags", "words"),
     [
         ({"gpu": "h1000"}, "--gpu must be one of .*; got 'h1000'"),
+        ({"memory": "0GB"}, "--memory: must be above 0; got '0GB'"),
         ({"memory": "much"}, "--memory: expected a size such as .*; got 'much'"),
         ({"bandwidth": "3TB/h"}, "--bandwidth: expected bytes per second such as .*; got '3TB/h'"),
         ({"flops": "fast"}, "--flops: expected operations per second such as .*; got 'fast'"),
@@ -149,6 +150,16 @@ def test_flags_replace_the_ceilings() -> None:
 def test_what_is_refused(flags: dict[str, str], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         plan("gpt3-125m", **flags)
+
+
+def test_a_cpu_is_a_whole_machine() -> None:
+    """Two ranks of it have its memory once, so they are two machines or a plan of half the memory."""
+    found = plan_json("gpt3-125m", gpu="cpu", gpus="2", memory="8GB")
+    sizes = {(p["tensor_parallel_size"], p["pipeline_parallel_size"]) for p in found["placements"]}
+    assert sizes == {(1, 1), (1, 2)}
+    assert any("within a node, which has 1" in refusal["reason"] for refusal in found["refused"])
+    halves = plan_json("gpt3-125m", gpu="cpu", gpus="2", gpus_per_node="2", memory="4GB")
+    assert (2, 1) in {(p["tensor_parallel_size"], p["pipeline_parallel_size"]) for p in halves["placements"]}
 
 
 def test_folders_and_files(tmp_path: Path) -> None:
@@ -185,6 +196,8 @@ def test_a_checkpoint_in_int4_stays_so(tmp_path: Path) -> None:
     [
         ("nobody/has-this-model", "neither in the store nor in the hub's cache, and nothing is fetched for a plan"),
         ("what is this", "one of the shapes that `argosy plan` lists"),
+        ("~nobody-has-this-name/config.json", "one of the shapes that `argosy plan` lists"),
+        ("x" * 300 + ".json", "one of the shapes that `argosy plan` lists"),
         ("", "a model reference has 1 to 4096 characters"),
     ],
 )
