@@ -29,8 +29,8 @@ class StandInServer:
     """serving.engine.server.ReplicaServer without an engine.
 
     A connection sends one word: "who" answers "<pid> <epoch>", "sick" makes health() false,
-    "exit" ends the process. model_dir "broken" fails to load, as do others beside which a .gone lies; "too-big" is killed. `served_model_name` "slow-drain"
-    drains for two seconds.
+    "exit" ends the process. model_dir "broken" fails to load, as do others beside which a .gone lies;
+    "too-big" is killed. `served_model_name` "slow-drain" drains for two seconds.
     """
 
     def __init__(
