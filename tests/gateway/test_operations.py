@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.errors import EngineError
+from serving.errors import EngineError, NoCapacity
 from serving.metrics.histogram import Histogram
 from serving.metrics.labels import MAX_MODELS
 from serving.metrics.page import Metrics
@@ -65,6 +67,18 @@ def test_metrics_count_what_happened() -> None:
     assert samples["argosy_request_seconds_count", MODEL] == 3
     assert samples["argosy_requests_running", MODEL] == samples["argosy_requests_waiting", MODEL] == 0
     assert samples["argosy_disconnects_total", MODEL] == 0
+
+
+def test_a_stream_that_breaks_is_counted_once_and_where_it_belongs() -> None:
+    with a_world(Script(fail_after=3, failure=NoCapacity("x", reason="draining"))) as world:
+        with pytest.raises(httpx.RemoteProtocolError):
+            world.complete(stream=True)
+        world.plane.script.fail_after = 0
+        assert world.complete(stream=True).status_code == 503
+        metrics = world.gateway.metrics
+    assert metrics.model(MODEL).broken == {"no_capacity": 1}
+    assert metrics.errors == {"no_capacity": 1}
+    assert metrics.sheds == {"draining": 2}
 
 
 def test_labels_are_bounded() -> None:
