@@ -19,7 +19,9 @@ WINDOW_S = 2.0
 class Health:
     """The lags of one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, window_s: float = WINDOW_S) -> None:
+        """window_s: over which the use of the core is averaged; the busiest counts."""
+        self._window_s = window_s
         self.num_intended = 0
         self.max_in_flight = 0
         self._send_lags = array.array("f")
@@ -38,7 +40,7 @@ class Health:
             gevent.sleep(TICK_S)
             now = time.monotonic()
             self._loop_lags.append(max(now - before - TICK_S, 0.0))
-            if now - window_at >= WINDOW_S:
+            if now - window_at >= self._window_s:
                 cpu = time.process_time()
                 self._cpu_fraction = max(self._cpu_fraction, (cpu - window_cpu) / (now - window_at))
                 window_at, window_cpu = now, cpu

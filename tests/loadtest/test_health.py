@@ -19,11 +19,11 @@ def test_percentiles_are_values_that_somebody_had() -> None:
 
 
 def test_a_loop_that_is_held_and_a_core_that_is_full_are_seen() -> None:
-    health = Health()
+    health = Health(window_s=0.3)
     watch = gevent.spawn(health.watch)
     gevent.sleep(0.05)
     before = time.process_time()
-    while time.process_time() - before < 2.2:
+    while time.process_time() - before < 0.5:
         until = time.process_time() + 0.06
         while time.process_time() < until:
             pass

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from loadtest.record import Observation
-from tests.loadtest.load import body, fake_server, load, log_of
+from tests.loadtest.load import Ran, body, fake_server, load, log_of
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_known_delays_are_measured_as_they_were_in_the_record_and_in_locusts_tab
     before = len(log_of(fake))
     ran = load(
         fake, tmp_path, "--arrivals", "constant:10", "--requests", "20", "--output-tokens", "12",
-        "--locust", f"--csv {tmp_path}/locust",
+        *body(comment="queue position=3 wait_s=1.2"), "--locust", f"--csv {tmp_path}/locust",
     )  # fmt: skip
     assert ran.code == 0 and ran.run.is_valid, ran.output
     seen = sorted(ran.run.observations, key=lambda one: one.intended_s)
@@ -61,6 +61,8 @@ def test_known_delays_are_measured_as_they_were_in_the_record_and_in_locusts_tab
     )
     assert float(rows["TPOT"]["Median Response Time"]) == pytest.approx(30, abs=2)
     assert float(rows["TOKENS-OUT"]["Average Response Time"]) == 12
+    assert {(one.queue_position, one.queue_wait_s, one.num_comments) for one in seen} == {(3, 1.2, 1)}
+    assert float(rows["QUEUE"]["Average Response Time"]) == 1200
 
 
 def test_a_stall_shows_in_every_request_that_was_due_during_it(tmp_path: Path) -> None:
@@ -100,21 +102,21 @@ def test_200_streams_of_20_tokens_per_second_keep_one_core_idle_enough(tmp_path:
         for attempt in range(3):  # neighbours of this machine can stop any process for longer than the limit
             ran = load(
                 url, tmp_path / str(attempt), "--arrivals", "constant:100", "--requests", "200",
-                "--prompt-tokens", "8", "--output-tokens", "70", cores="1",
+                "--prompt-tokens", "8", "--output-tokens", "60", cores="1", is_strict=True,
             )  # fmt: skip
             if ran.run.is_valid:
                 break
     assert ran.run.is_valid and ran.code == 0, ran.output
     seen = ran.run.observations
-    assert all(one.is_ok and len(one.token_times_s) == 70 for one in seen)
-    assert max(sum((one.sent_s or 0) < at < (one.end_s or 0) for one in seen) for at in (2.0, 2.5, 3.0)) == 200
+    assert all(one.is_ok and len(one.token_times_s) == 60 for one in seen)
+    assert max(sum((one.sent_s or 0) < at < (one.end_s or 0) for one in seen) for at in (2.0, 2.3, 2.6)) == 200
     assert typical([gap for one in seen for gap in one.itl_s]) == pytest.approx(0.05, abs=0.005)
 
 
 def test_beyond_what_it_can_the_generator_says_so(fake: str, tmp_path: Path) -> None:
     ran = load(
         fake, tmp_path, "--arrivals", "constant:8000", "--requests", "4000", "--whole",
-        "--prompt-tokens", "500", "--output-tokens", "1", *body(ttft=0.0), cores="1",
+        "--prompt-tokens", "500", "--output-tokens", "1", *body(ttft=0.0), cores="1", is_strict=True,
     )  # fmt: skip
     assert ran.code == 3 and not ran.run.is_valid
     assert ran.run.end is not None and any("left late" in reason for reason in ran.run.end.reasons)
@@ -123,7 +125,7 @@ def test_beyond_what_it_can_the_generator_says_so(fake: str, tmp_path: Path) -> 
 
 
 def test_requests_beyond_the_room_for_them_are_counted_and_not_sent(fake: str, tmp_path: Path) -> None:
-    ran = load(fake, tmp_path, "--arrivals", "constant:50", "--requests", "20", "--max-in-flight", "5", *body(ttft=1.0))
+    ran = load(fake, tmp_path, "--arrivals", "constant:50", "--requests", "20", "--max-in-flight", "5", *body(ttft=0.6))
     assert ran.code == 3
     errors = [one.error for one in ran.run.observations]
     assert errors.count("not_sent") == 15 and len(errors) == 20
@@ -174,12 +176,15 @@ def test_the_same_seed_sends_the_same_requests_with_one_process_or_two(tmp_path:
         "2",
     ]
     flags += ["--stream-share", "0.5", "--prompt-tokens", "uniform:min=10,max=40", "--api-keys", str(keys)]
-    with fake_server("--keep-bodies") as url:
-        alone = load(url, tmp_path / "a", *flags)
-        sent = [(entry["headers"]["authorization"], entry["path"], entry["body"]) for entry in log_of(url)]
-    with fake_server("--keep-bodies") as url:
-        two = load(url, tmp_path / "b", *flags, "--workers", "2")
-        again = [(entry["headers"]["authorization"], entry["path"], entry["body"]) for entry in log_of(url)]
+
+    def run(name: str, *more: str) -> tuple[Ran, list[tuple[str, str, str]]]:
+        with fake_server("--keep-bodies") as url:
+            ran = load(url, tmp_path / name, *flags, *more)
+            return ran, [(entry["headers"]["authorization"], entry["path"], entry["body"]) for entry in log_of(url)]
+
+    with ThreadPoolExecutor() as threads:
+        first, second = threads.submit(run, "a"), threads.submit(run, "b", "--workers", "2")
+        (alone, sent), (two, again) = first.result(), second.result()
     other = load_hashes(alone.run.observations), load_hashes(two.run.observations)
     assert len(alone.run.observations) == 80 and other[0] == other[1]
     assert sorted(sent) == sorted(again), "byte for byte, probes included"
@@ -194,26 +199,17 @@ def load_hashes(observations: list[Observation]) -> dict[int, str]:
 
 def test_requests_sent_again_alone_are_compared(tmp_path: Path) -> None:
     flags = ("--users", "4", "--requests", "12", "--output-tokens", "5", "--verify", "0.5")
-    with fake_server() as url:
-        good = load(url, tmp_path / "good", *flags)
-    assert good.code == 0 and good.run.comparisons
-    assert all(one.is_equal and one.num_logprobs == 5 for one in good.run.comparisons)
-    with fake_server("--drift") as url:
-        bad = load(url, tmp_path / "bad", *flags)
+
+    def run(name: str, *server_flags: str) -> Ran:
+        with fake_server(*server_flags) as url:
+            return load(url, tmp_path / name, *flags)
+
+    with ThreadPoolExecutor() as threads:
+        first, second = threads.submit(run, "good"), threads.submit(run, "bad", "--drift")
+        good, bad = first.result(), second.result()
+    assert good.run.comparisons and all(one.is_equal and one.num_logprobs == 5 for one in good.run.comparisons)
     assert bad.code == 1 and len(bad.run.comparisons) == len(good.run.comparisons)
     assert all(one.difference.startswith("token 0: logprob") for one in bad.run.comparisons)
-
-
-def test_what_the_server_says_in_comments_is_kept(fake: str, tmp_path: Path) -> None:
-    said = "queue position=3 wait_s=1.2"
-    ran = load(
-        fake, tmp_path, "--users", "1", "--requests", "2", *body(comment=said, itl=0.0), "--locust",
-        f"--csv {tmp_path}/locust",
-    )  # fmt: skip
-    assert [(one.queue_position, one.queue_wait_s, one.num_comments) for one in ran.run.observations] == [
-        (3, 1.2, 1)
-    ] * 2
-    assert float(rows_of(tmp_path / "locust")["QUEUE"]["Average Response Time"]) == 1200
 
 
 def test_a_search_for_the_knee_makes_runs_and_reports_them(fake: str, tmp_path: Path) -> None:
