@@ -8,6 +8,7 @@ evenly and independently: rows that choose alike read less, and may go beyond th
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 
@@ -22,6 +23,8 @@ from serving.engine.ceilings import measure
 from serving.engine.request import Int32Array
 from serving.engine.worker import PhaseCallback, Worker
 from serving.planning.roofline import Ceilings, ExpertShape, Shape, banded, step_time_min
+
+log = logging.getLogger(__name__)
 
 
 class StepLimit:
@@ -72,7 +75,8 @@ class StepLimit:
 def find_limit(settings: EngineSettings, worker: Worker, on_phase: PhaseCallback) -> StepLimit | None:
     """The limit of rank 0's share; None where it is not known rather than invented.
 
-    Not known: pipelines, whose steps overlap; architectures without an account of their weights; gangs whose
+    Not known: pipelines, whose steps overlap; architectures without an account of their weights; devices that
+    cannot be measured; gangs whose
     rates are not given, for what one rank measures alone is not what it has beside the others.
     """
     given_read, given_flops = settings.read_limit_gb_s, settings.compute_limit_tflops
@@ -87,7 +91,11 @@ def find_limit(settings: EngineSettings, worker: Worker, on_phase: PhaseCallback
         return StepLimit(shape, Ceilings(given_read * 1e9, given_flops * 1e12))
     is_integer = worker.model.weight_format in ("int8", "int4")
     begun = time.perf_counter()
-    found = measure(torch.device(settings.device), worker.model.weight_bytes, is_integer=is_integer)
+    try:
+        found = measure(torch.device(settings.device), worker.model.weight_bytes, is_integer=is_integer)
+    except RuntimeError as error:
+        log.warning("the hardware's limit is not known: %s", error)
+        return None
     on_phase("hardware limit", time.perf_counter() - begun)
     read_bytes_s = found.read_bytes_s if given_read is None else given_read * 1e9
     if given_flops is not None:

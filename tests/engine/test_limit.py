@@ -152,6 +152,17 @@ def test_given_rates_are_taken_as_they_are(worker: Worker) -> None:
     assert find(asked(pipeline_parallel_size=2, **given)) is None
 
 
+def test_a_measurement_that_fails_costs_the_limit_and_not_the_start(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> Ceilings:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("serving.engine.limit.measure", fail)
+    assert find_limit(worker.settings, worker, lambda name, _: None) is None
+    assert "no room" in caplog.text
+
+
 def test_the_shape_is_the_models(worker: Worker) -> None:
     shape, config = shape_of(worker), worker.config
     assert shape.parameters * shape.weight_bytes == pytest.approx(worker.model.weight_bytes)

@@ -122,6 +122,22 @@ def test_beats_come_ten_times_a_second_while_steps_run(client: Client) -> None:
     client.send(wire.Cancel([1]))
 
 
+def test_some_beats_carry_counts_the_first_of_a_connection_among_them(server: ReplicaServer, client: Client) -> None:
+    first = client.beats[0].stats
+    assert first is not None and {name for name, _ in first.phases} >= {"weights", "kv_cache"}
+    assert first.weights_read_bytes > 0
+    client.completion(1, [7] * 40, max_tokens=10)
+    client.until(lambda: any(beat.stats is not None and beat.stats.steps > first.steps for beat in client.beats[1:]))
+    wait_until_idle(server)
+    client.until(lambda: (told := client.beats[-1].stats) is not None and told.steps == server.core.num_steps)
+    told = client.beats[-1].stats
+    assert told is not None and told.step_counts == server.core.scheduler.tally.step_seconds.counts
+    assert told.prefix_queried - first.prefix_queried == 40
+    assert told.prefill_tokens + told.decode_tokens - first.prefill_tokens - first.decode_tokens == 40 + 10 - 1
+    client.until(lambda: len(client.beats) >= 14)
+    assert 2 <= sum(beat.stats is not None for beat in client.beats) <= 5
+
+
 def test_what_can_never_fit_is_rejected_with_the_numbers(client: Client) -> None:
     client.submit(1, list(range(1, 101)) * 6, max_tokens=1)
     client.until(lambda: 1 in client.rejects)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from serving.metrics.promql import PromqlError, check, series_labels
 from serving.metrics.rules import Objective, ObjectiveError
 
 ROOT = Path(__file__).parent.parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian: prometheus)")
 
@@ -83,6 +86,21 @@ def test_an_objective_between_two_buckets_is_refused_by_name() -> None:
         Objective(target=1.0)
     tight = command.rules_text(Objective(ttft_s=0.3, inter_token_s=0.04, target=0.999))
     assert 'le="0.3"' in tight and 'le="0.04"' in tight and "14.4 * 0.001" in tight
+
+
+def test_the_command_prints_what_is_committed_and_refuses_the_rest(tmp_path: Path) -> None:
+    def argosy(*arguments: str, folder: Path = ROOT) -> tuple[int, str, str]:
+        command_line = [sys.executable, "-m", "serving.cli", "metrics", *arguments]
+        done = subprocess.run(command_line, cwd=folder, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+        return done.returncode, done.stdout, done.stderr
+
+    assert argosy("rules") == (0, (ROOT / command.RULES_FILE).read_text(), "")
+    for arguments, words in ((("panels",), "no 'panels'"), (("rules", "--ttft", "1.7"), "1.7 s is not the bound")):
+        code, _, complaint = argosy(*arguments)
+        assert code == 2 and words in complaint
+    code, _, complaint = argosy("write", folder=tmp_path)
+    assert code == 2 and "no checkout" in complaint
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_dashboard_is_laid_out_without_gaps_or_overlaps() -> None:
