@@ -245,8 +245,8 @@ def test_the_order_of_fields_is_fixed() -> None:
         wire.Step: "step tokens finished admitted logprobs granted",
         wire.Reject: "handle code message param",
         wire.HelloReply: "version card epoch replica nonce mac",
-        wire.Beat: "seq state step step_age_s announced_s num_running num_waiting blocks_used blocks_total granted ranks"
-        " tokens_per_s stats",
+        wire.Beat: "seq state step step_age_s announced_s num_running num_waiting blocks_used blocks_total"
+        " granted ranks tokens_per_s stats",
         ReplicaStats: "steps prefill_tokens decode_tokens preemptions prefix_queried prefix_hits blocks_evicted"
         " step_counts step_sum ratio_counts ratio_sum limit_busy_s ideal_s hardware_fraction read_bytes_s flops_s"
         " phases weights_read_bytes",
