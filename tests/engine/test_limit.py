@@ -66,6 +66,28 @@ def test_prompts_and_decoding_together_read_the_weights_once() -> None:
     assert seconds(SHAPE, [(0, 64, 0)]) < seconds(SHAPE, [(0, 64, 1)], Ceilings(2e10, 1e11))
 
 
+def test_a_mixed_step_by_hand() -> None:
+    """Slow memory, so that bytes decide: weights once, the keys and values that each row reads and writes."""
+    slow = Ceilings(read_bytes_s=1e6, flops_s=1e18)
+    rows = [(160, 32, 0), (50, 1, 1), (300, 1, 1)]
+    per_token = 2 * 2 * 64 * 2  # keys and values of one layer: two heads of 64, two bytes each
+    weights = 12_000_000 * 2
+    written = 4 * per_token * (32 + 1 + 1)
+    dense = 4 * per_token * (160 + 50 + 300)
+    assert seconds(SHAPE, rows, slow) == pytest.approx((weights + written + dense) / 1e6)
+    windowed = per_token * (3 * (99 + 50 + 99) + (160 + 50 + 300))
+    assert seconds(WINDOWED, rows, slow) == pytest.approx((weights + written + windowed) / 1e6)
+
+
+def test_a_mixed_step_by_hand_where_arithmetic_decides() -> None:
+    slow = Ceilings(read_bytes_s=1e18, flops_s=1e9, attention_flops_s=1e8)
+    rows = [(160, 32, 0), (50, 1, 1), (300, 1, 1)]
+    linears = 2 * 10_000_000 * 34 + 2 * 2_000_000 * 2
+    pair = 4 * 8 * 64
+    pairs = 4 * (32 * 160 + 32 * 32 / 2 + 50 + 300)
+    assert seconds(SHAPE, rows, slow) == pytest.approx(linears / 1e9 + pair * pairs / 1e8)
+
+
 def test_a_mixture_reads_what_evenly_choosing_tokens_are_expected_to() -> None:
     experts = ExpertShape(num_experts=8, num_held=8, num_chosen=2, parameters=1_000_000)
     mixture = Shape(4, 8, 2, 64, 10_000_000, 2_000_000, 2.0, 2.0, experts=experts)
