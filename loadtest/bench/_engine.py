@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from serving.block_hash import root_hash
 from serving.engine.core import EngineCore
@@ -14,25 +13,7 @@ from serving.engine.output import StepOutput
 from serving.engine.request import Request
 from serving.engine.scheduler import Scheduler
 from serving.engine.worker import Worker
-from serving.planning.roofline import Shape
 from serving.types import SamplingParams
-
-
-def shape_of(worker: Worker) -> Shape:
-    config = worker.config
-    head = config.vocab_size * config.hidden_size
-    embedding = 0 if config.tie_word_embeddings else head
-    body = worker.model.num_parameters - head - embedding
-    return Shape(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_size=config.head_size,
-        body_parameters=body,
-        head_parameters=head,
-        weight_bytes=worker.model.weight_bytes / (body + head),
-        kv_bytes=getattr(torch, worker.settings.dtype).itemsize,
-    )
 
 
 class Bench:

@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 from loadtest.bench._ceilings import CeilingMeter
-from loadtest.bench._engine import Bench, shape_of
+from loadtest.bench._engine import Bench
 from loadtest.bench._formats import FORMATS, add_model_options, load_worker
 from loadtest.bench._peer import TransformersPeer, find_peer
 from loadtest.bench._report import line, report
+from serving.engine.limit import shape_of
 from serving.engine.worker import Worker
 from serving.planning.roofline import decode_time_min, prefill_time_min
 

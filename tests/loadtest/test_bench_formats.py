@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from loadtest.bench import quality
-from loadtest.bench._engine import Bench, shape_of
+from loadtest.bench._engine import Bench
+from serving.engine.limit import shape_of
 from serving.engine.worker import Worker
 from tests.engine.real import make_worker
 from tests.tiny import tiny_model_folder
