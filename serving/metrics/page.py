@@ -64,11 +64,12 @@ class Metrics(Collector):
         if error.reason is not None:
             self.sheds[error.reason if error.reason in SHED_REASON.values else OTHER] += 1
 
-    def collect(self) -> Iterator[Family]:
+    def snapshot(self) -> Snapshot:
+        """Everything, read now. The counts are the living ones: read them in the same turn of the event loop."""
         plane = self.plane()
         for name in plane.models:
             self.model(name)  # an autoscaler reads zeros before the first request, not nothing
-        snapshot = Snapshot(
+        return Snapshot(
             responses=self.responses,
             errors=self.errors,
             sheds=self.sheds,
@@ -77,6 +78,9 @@ class Metrics(Collector):
             plane=plane,
             replicas=plane.replicas[:MAX_REPLICAS],
         )
+
+    def collect(self) -> Iterator[Family]:
+        snapshot = self.snapshot()
         return (_family(metric, snapshot) for metric in METRICS)
 
 
