@@ -79,6 +79,12 @@ class AuthenticationFailed(ArgosyError):
     code = "invalid_api_key"
 
 
+class OperatorOnly(ArgosyError):
+    status = 403
+    type = "permission_error"
+    code = "operator_only"
+
+
 class NotFound(ArgosyError):
     status = 404
     type = "invalid_request_error"

@@ -17,6 +17,23 @@ class FinishReason(enum.IntEnum):
     STOP = 2  # an end-of-sequence or stop token id was sampled; it is the row's last token
 
 
+class Note(enum.IntEnum):
+    """What a step meant for one row beside its tokens (`wire.Step.notes`). Kinds are only ever added (C22)."""
+
+    CHUNK = 1  # value: tokens of its prompt, or of what it has to compute again, that the step computed
+    PREEMPTED = 2  # value: tokens whose keys and values were given up
+    WAITED = 3  # value: a Wait; told with the row's admission
+
+
+class Wait(enum.IntEnum):
+    """Why a row that had reached its replica was not admitted at once."""
+
+    SLOTS = 1  # every row of the batch was taken
+    BLOCKS = 2  # the KV cache had no room
+    BUDGET = 3  # others had the step's tokens
+    PREFIX = 4  # another request was computing the same prompt
+
+
 class SamplingParams(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     """How one choice is sampled (C3). Validated by the gateway; the engine trusts the ranges.
 
@@ -69,6 +86,20 @@ class RankState(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     step: int
     age_s: float  # since that rank last made progress, on the replica's clock
+
+
+class StepRecord(msgspec.Struct, array_like=True, frozen=True):
+    """One engine step as its replica recorded it (C17). Fields are only ever appended (C22)."""
+
+    started_s: float  # on the replica's monotonic clock
+    duration_s: float
+    announced_s: float  # predicted before it ran
+    ideal_s: float | None  # at the hardware's limit; None = not known
+    num_rows: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_waiting: int
+    blocks_used: int
 
 
 class ReplicaStats(msgspec.Struct, array_like=True, frozen=True, kw_only=True):

@@ -30,7 +30,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from serving.types import ModelCard, RankState, ReplicaStats, SamplingParams
+from serving.types import ModelCard, RankState, ReplicaStats, SamplingParams, StepRecord
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 16 << 20
@@ -113,6 +113,8 @@ class Step(Message, tag=66):
     logprobs: (index into tokens, packed entries): f32 logprob of the sampled token, then
         (u32 id, f32 logprob) of the alternatives, best first.
     granted: as in Beat.
+    record: of the step, for the account of a request's life. None = the replica is of a version without.
+    notes: (handle, Note, value), in the order in which they happened. A kind that is not known is passed over.
     """
 
     step: int
@@ -121,6 +123,8 @@ class Step(Message, tag=66):
     admitted: list[tuple[int, int]]
     logprobs: list[tuple[int, bytes]]
     granted: int
+    record: StepRecord | None = None
+    notes: list[tuple[int, int, int]] = []
 
 
 class Reject(Message, tag=67):

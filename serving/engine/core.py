@@ -17,6 +17,7 @@ from serving.engine.output import StepOutput
 from serving.engine.plan import Plan
 from serving.engine.records import StepRecords
 from serving.engine.scheduler import Scheduler
+from serving.types import StepRecord
 
 MIN_LIMIT_S = 1.5
 
@@ -145,16 +146,17 @@ class EngineCore:
         # In a pipeline, a step takes longer than the time since its predecessor's result says.
         self.scheduler.cost_model.observe(cost, result.busy_s or duration)
         output = self.scheduler.update(plan, result.ids, result.logprobs)
-        self._record(plan, started, duration, announced, len(output.tokens))
+        output.record = self._record(plan, started, duration, announced, len(output.tokens))
         return output
 
-    def _record(self, plan: Plan, started: float, duration: float, announced: float, num_tokens: int) -> None:
+    def _record(self, plan: Plan, started: float, duration: float, announced: float, num_tokens: int) -> StepRecord:
         num_decoding = int(np.count_nonzero(plan.num_tokens == 1))
         num_prefill = int(plan.num_tokens.sum()) - num_decoding
         ideal = math.nan
         if self.limit is not None:
             ideal = self.limit.seconds(plan.starts, plan.num_tokens, plan.num_samples, num_prefill)
         self.scheduler.tally.stepped(duration, announced, ideal, num_prefill, num_decoding)
+        num_waiting, blocks_used = self.scheduler.num_waiting, self.scheduler.pool.num_owned
         self.records.append(
             plan.step,
             started,
@@ -164,10 +166,21 @@ class EngineCore:
             num_prefill,
             num_decoding,
             int((plan.starts + plan.num_tokens).sum()),
-            self.scheduler.num_waiting,
-            self.scheduler.pool.num_owned,
+            num_waiting,
+            blocks_used,
             ideal,
         )
         # Exponential average with a time constant of one second of work.
         weight = min(1.0, duration)
         self.tokens_per_s += weight * (num_tokens / max(duration, 1e-6) - self.tokens_per_s)
+        return StepRecord(
+            started_s=started,
+            duration_s=duration,
+            announced_s=announced,
+            ideal_s=None if math.isnan(ideal) else ideal,
+            num_rows=len(plan.slots),
+            num_prefill_tokens=num_prefill,
+            num_decode_tokens=num_decoding,
+            num_waiting=num_waiting,
+            blocks_used=blocks_used,
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.engine.request import Int32Array
-from serving.types import FinishReason
+from serving.types import FinishReason, Note, StepRecord
 
 
 @dataclasses.dataclass(slots=True)
@@ -22,8 +22,10 @@ class StepOutput:
     tokens: Int32Array
     logprobs: Mapping[int, bytes]  # index into tokens -> packed as in wire.Step
     finished: list[tuple[int, int, FinishReason, int]]  # connection, handle, reason, stop id or -1
-    admitted: list[tuple[int, int, int]]  # connection, handle, cached tokens
     failed: list[tuple[int, int]]  # connection, handle: the model computed garbage for this row
+    admitted: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)  # connection, handle, cached tokens
+    notes: list[tuple[int, int, Note, int]] = dataclasses.field(default_factory=list)  # connection, handle, kind, value
+    record: StepRecord | None = None
 
 
 def renumber(logprobs: Mapping[int, bytes], live: npt.NDArray[np.bool_]) -> dict[int, bytes]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from serving.block_hash import BlockHash
 from serving.errors import ContextLengthExceeded, InvalidRequest
-from serving.types import SamplingParams
+from serving.types import SamplingParams, Wait
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -46,6 +46,7 @@ class Request:
     is_preempting: bool = False
     was_admitted: bool = False
     num_preemptions: int = 0
+    waits_for: Wait | None = None  # what kept it out when its turn last came
 
     def check_fits(self, max_model_len: int, cache_tokens: int) -> None:
         """cache_tokens: that the replica's KV cache holds.

@@ -15,6 +15,7 @@ from serving.block_hash import block_hash, block_hashes
 from serving.engine.blocks import BlockPool
 from serving.engine.budget import share_out, take_turns, tokens_ahead
 from serving.engine.cost import StepCostModel
+from serving.engine.notes import Notes
 from serving.engine.output import StepOutput, renumber
 from serving.engine.plan import NO_IDS, NewRow, Plan
 from serving.engine.request import Int32Array, Phase, Request
@@ -22,7 +23,7 @@ from serving.engine.rows import Rows, rank
 from serving.engine.tally import Tally
 from serving.engine.waiting import WaitingQueue
 from serving.errors import InvalidRequest
-from serving.types import FinishReason
+from serving.types import FinishReason, Wait
 
 
 class Scheduler:
@@ -65,7 +66,7 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._left_slots: list[int] = []  # to be announced in the next plan
         self._entered: list[NewRow] = []  # likewise
-        self._admitted: list[tuple[int, int, int]] = []
+        self._notes = Notes()
         self._next_step = 0
         self._next_sequence = 0
 
@@ -217,16 +218,20 @@ class Scheduler:
         lack, ranks = rows.num_tokens[order] - rows.num_computed[order], rows.rank[order]
         while (request := self._waiting.peek()) is not None:
             if tokens_ahead(lack, ranks, rank(request)) + num_entered >= self.max_num_batched_tokens:
+                request.waits_for = Wait.BUDGET
                 return
             if not self._free_slots and not self._outranks_last(request):
+                request.waits_for = Wait.SLOTS
                 return
             num_cacheable = (len(request.tokens) - 1) // self.block_size if self._enable_prefix_cache else 0
             hits = self.pool.match(request.hashes[:num_cacheable])
             if len(hits) < num_cacheable and self._waiting.has_leader(request, request.hashes[num_cacheable - 1]):
+                request.waits_for = Wait.PREFIX
                 self._waiting.stand_aside(request.hashes[num_cacheable - 1])
                 continue
             total = -(-len(request.tokens) // self.block_size)
             if not self._has_room(total - len(hits), total, self.pool.num_evictable_in(hits)):
+                request.waits_for = Wait.BLOCKS if self._free_slots else Wait.SLOTS
                 if not self._preempt_for(request):
                     return
                 continue
@@ -264,9 +269,8 @@ class Scheduler:
         self._order = np.insert(self._order, at, np.int32(slot))
         self._entered.append(NewRow(slot, request.num_prompt, request.tokens, request.sampling))
         if not request.was_admitted:
-            request.was_admitted = True
-            self._admitted.append((*request.key, num_cached))
             self.tally.admitted(len(request.tokens), num_cached)
+        self._notes.entered(request, num_cached)
 
     # --- update ---------------------------------------------------------------------------------
 
@@ -295,10 +299,9 @@ class Scheduler:
             tokens=ids[live],
             logprobs=renumber(logprobs, live) if logprobs else {},
             finished=[],
-            admitted=self._admitted,
             failed=[],
         )
-        self._admitted = []
+        self._notes.hand_over(output, plan, rows)
         self._commit(plan.slots)
         for at in np.flatnonzero(is_over).tolist():
             request = self.rows.request_in(int(slots[at]))
@@ -342,6 +345,7 @@ class Scheduler:
         request.is_preempting = True
         request.num_preemptions += 1
         self.tally.num_preemptions += 1
+        self._notes.preempted(request, int(self.rows.num_computed[slot]))
         self._let_go(slot)
 
     def _end(self, request: Request) -> None:

@@ -310,6 +310,7 @@ class ReplicaServer:
         concerned.update(connection for connection, *_ in output.finished)
         concerned.update(connection for connection, *_ in output.admitted)
         concerned.update(connection for connection, _ in output.failed)
+        concerned.update(connection for connection, *_ in output.notes)
         for number in concerned:
             connection = self._connections.get(number)
             if connection is not None:

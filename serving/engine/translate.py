@@ -89,6 +89,8 @@ def to_step(output: StepOutput, connection: int, granted: int) -> wire.Step:
         admitted=[(handle, cached) for owner, handle, cached in output.admitted if owner == connection],
         logprobs=[(int(index[at]), packed) for at, packed in output.logprobs.items() if mine[at]],
         granted=granted,
+        record=output.record,
+        notes=[(handle, int(kind), value) for owner, handle, kind, value in output.notes if owner == connection],
     )
 
 

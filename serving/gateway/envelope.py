@@ -37,6 +37,7 @@ class Envelope:
         arrived = self._monotonic()
         request_id = _given_id(scope) or self._draw_id().encode()
 
+        scope.setdefault("extensions", {})["argosy.request_id"] = request_id.decode()
         is_started = False
 
         async def send_first(message: Message) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from serving.errors import ArgosyError
+from serving.gateway.life import Life
 from serving.gateway.rendering import Rendering
 from serving.gateway.streams import Choice, Dispatcher, Request
 from serving.gateway.wakes import Wakes
@@ -30,6 +31,7 @@ class Exchange:
         dispatcher: Dispatcher,
         meter: RequestMeter,
         wakes: Wakes,
+        life: Life,
     ) -> None:
         self.request = request
         self.renderings = renderings
@@ -37,6 +39,7 @@ class Exchange:
         self.is_over = False  # every choice has been rendered to its end
         self.has_left = False  # the client is gone: nothing more is rendered
         self.failure: ArgosyError | None = None
+        self._life = life
         self._dispatcher = dispatcher
         self._time = time.monotonic  # the data plane's clock; the loop's is cut to milliseconds
         self._wakes = wakes
@@ -136,14 +139,21 @@ class Exchange:
         choice = rendering.choice
         if not choice.is_done:
             self._dispatcher.cancel(choice)
-        self.meter.on_choice_end(rendering.continuation.finish_reason or "unknown", choice.num_resumes)
+        reason = rendering.continuation.finish_reason or "unknown"
+        self.meter.on_choice_end(reason, choice.num_resumes)
+        choice.life.end(self._time(), "finished", {"reason": reason})
 
-    def close(self, is_disconnect: bool) -> None:
-        """Measure the request's end. Idempotent."""
+    def close(self, is_disconnect: bool, failure: ArgosyError | None = None) -> None:
+        """Measure the request's end and close the account of its life. Idempotent.
+
+        failure: what the reply ended in, unless that is `self.failure`.
+        """
         choices = self.request.choices
         prompt_tokens = sum(len(choice.prompt_ids) // 4 for choice in choices)
         cached_tokens = sum(choice.cached_tokens or 0 for choice in choices)
-        self.meter.on_end(self._time(), prompt_tokens, cached_tokens, is_disconnect)
+        now = self._time()
+        self.meter.on_end(now, prompt_tokens, cached_tokens, is_disconnect)
+        self._life.end(now, failure or self.failure, has_left=is_disconnect, cached_tokens=cached_tokens)
 
     def fail(self, error: ArgosyError) -> None:
         """Have `render` raise this once it has nothing else to show."""

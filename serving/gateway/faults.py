@@ -21,7 +21,7 @@ def error_json(error: ArgosyError) -> bytes:
     return json.dumps(error.body(), separators=(",", ":")).encode()
 
 
-def as_error(raised: Exception, method: str, path: str) -> ArgosyError:
+def as_error(raised: BaseException, method: str = "", path: str = "") -> ArgosyError:
     """The error that a client may see. Whatever is not ours says nothing of its cause."""
     if isinstance(raised, ArgosyError):
         return raised
@@ -45,6 +45,8 @@ def error_headers(error: ArgosyError) -> dict[str, str]:
     if retry_after_s is not None:
         headers["retry-after"] = str(max(math.ceil(retry_after_s), 1))
         headers["retry-after-ms"] = str(max(math.ceil(1000 * retry_after_s), 1))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     if error.should_retry is not None:
         headers["x-should-retry"] = "true" if error.should_retry else "false"
     if error.reason is not None:

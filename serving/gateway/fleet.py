@@ -117,5 +117,12 @@ class Fleet:
         """Whether the link would take work or queue it: ready, and heard of just now."""
         return link.state == "ready" and link.pulse.age_s(now) <= MAX_SILENCE_S
 
+    def why_waiting(self, fingerprint: str) -> str:
+        """What keeps a choice in the queue, in a word of `life.QUEUE_CAUSES`."""
+        links = self.links(fingerprint)
+        if not links:
+            return "no_replica"
+        return "no_permit" if any(link.state == "ready" for link in links) else "not_ready"
+
     def progress(self, now: float) -> list[dict[str, Any]]:
         return [replica.progress(now) for replica in self.replicas.values()]

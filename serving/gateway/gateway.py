@@ -13,6 +13,8 @@ from serving.errors import ModelNotFound, NoCapacity
 from serving.gateway.admission import Admission
 from serving.gateway.clock import Clock, Ids
 from serving.gateway.language import Languages
+from serving.gateway.lives import Lives
+from serving.gateway.operators import Operators
 from serving.gateway.reply import Pace, Reply
 from serving.gateway.streams import Dispatcher
 from serving.gateway.tenants import Tenants
@@ -54,8 +56,10 @@ class Gateway:
     metrics: Metrics
     tenants: Tenants
     admission: Admission
+    operators: Operators
     pace: Pace
     created: Callable[[], int]
+    lives: Lives = dataclasses.field(default_factory=Lives)
     wakes: Wakes = dataclasses.field(default_factory=Wakes)
     replies: set[Reply] = dataclasses.field(default_factory=set)  # under way
     is_draining: bool = False

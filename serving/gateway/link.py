@@ -13,8 +13,9 @@ from typing import Protocol
 
 from serving import wire
 from serving.gateway.pulse import Pulse
+from serving.gateway.steps import StepLog
 from serving.gateway.ticket import Ticket
-from serving.types import NO_LOGPROBS, FinishReason, ReplicaStats
+from serving.types import NO_LOGPROBS, FinishReason, ReplicaStats, StepRecord
 
 logger = logging.getLogger("argosy.gateway")
 
@@ -76,6 +77,7 @@ class Link:
         self.pulse = Pulse(clock())
         self.opened_at = clock()
         self.stats: ReplicaStats | None = None  # the latest heard
+        self.steps = StepLog()
         self.cause: Cause | None = None
         self.load = 0  # of this connection's rows, in tokens; see ROW_TOKENS
         self.foreign_load = 0  # of other gateways' rows there, as of the last beat
@@ -150,6 +152,7 @@ class Link:
             self.suspect = ticket
         ticket.num_uncomputed = ticket.num_prompt_tokens + len(choice.output_ids)
         self.load += ROW_TOKENS + ticket.num_uncomputed
+        choice.life.sent(self._clock(), self.replica, len(choice.output_ids))
         self._write(frame)
 
     def cancel(self, ticket: Ticket) -> None:
@@ -231,8 +234,11 @@ class Link:
         handles, tokens = values[::2], values[1::2]
         if handles:
             self._check_bounds(max(handles), max(tokens))
+        now = self._clock()
         for handle, cached_tokens in step.admitted:
-            self._admit(handle, cached_tokens)
+            self._admit(handle, cached_tokens, now)
+        if step.record is not None:
+            self._note(step.step, step.record, step.notes, now)
         if step.logprobs:
             self._journal_logprobs(step.logprobs, handles)
         appends = self._appends
@@ -240,7 +246,7 @@ class Link:
             append = appends.get(handle)
             if append is not None:  # None: cancelled, and the replica does not know yet
                 append(token)
-        rows = self._rows
+        rows, steps = self._rows, self.steps
         changed = [ticket for handle in dict.fromkeys(handles) if (ticket := rows.get(handle)) is not None]
         fault = self._trim(changed)
         if fault is None:
@@ -251,6 +257,7 @@ class Link:
         for ticket in changed:
             if ticket.is_over:
                 continue  # cancelled by a sibling's progress, this very frame
+            ticket.choice.life.grew(now, len(ticket.choice.output_ids), steps)
             if ticket.choice.finish is not None:
                 self._owner.finished(ticket)
             try:
@@ -267,7 +274,15 @@ class Link:
         if token >= self.card.tokenizer_size:
             raise wire.WireError(f"token id {token} of {self.card.tokenizer_size}")
 
-    def _admit(self, handle: int, cached_tokens: int) -> None:
+    def _note(self, number: int, record: StepRecord, notes: list[tuple[int, int, int]], now: float) -> None:
+        """For the account of what became of the rows; nothing that is served depends on it."""
+        step = self.steps.add(number, record, now)
+        for handle, kind, value in notes:
+            ticket = self._rows.get(handle)
+            if ticket is not None:
+                ticket.choice.life.noted(kind, value, step)
+
+    def _admit(self, handle: int, cached_tokens: int, now: float) -> None:
         ticket = self._rows.get(handle)
         if ticket is None:
             return
@@ -277,6 +292,7 @@ class Link:
             ticket.is_admitted = True
             self.load -= ticket.num_uncomputed
             ticket.num_uncomputed = 0
+            ticket.choice.life.admitted(now, cached_tokens)
         if ticket.choice.cached_tokens is None:
             ticket.choice.cached_tokens = cached_tokens
 

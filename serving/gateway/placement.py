@@ -139,7 +139,7 @@ class Placement:
             job.tickets.append(ticket)
             self._tickets[choice] = ticket
             self._deadlines.add(ticket)
-            queue.push(ticket, now)
+            self._push(queue, ticket, now)
         self.counts.submitted += num_choices
         self._pump(fingerprint, now)
 
@@ -203,6 +203,7 @@ class Placement:
         now = self._clock()
         if reject.code in RETRYABLE:
             link.refuse_until_beat()
+            ticket.choice.life.returned(now, reject.code)
             self._requeue(ticket, ticket.enqueued_at)
         elif reject.code == ENGINE_FAULT:
             self.counts.faults["engine_fault"] += 1
@@ -210,6 +211,7 @@ class Placement:
             if ticket.job.is_convicted:
                 self._convict(ticket.job, reject.message)
             else:
+                ticket.choice.life.lost(now, link.replica, ENGINE_FAULT)
                 self._resume(ticket, now)
         else:
             self._fail(ticket, _error_of(reject))
@@ -233,6 +235,7 @@ class Placement:
                 job.record_death()
         for ticket in tickets:
             if not ticket.choice.is_done:
+                ticket.choice.life.lost(now, link.replica, cause)
                 self._resume(ticket, now)
         for ticket in complete:
             if not ticket.is_over:
@@ -324,7 +327,12 @@ class Placement:
         ticket.enqueued_at = waits_since
         expires = min(ticket.job.request.deadline, waits_since + self._queue_timeout_s)
         self._deadlines.move(ticket, expires)
-        self._queue(ticket.job.request.card.fingerprint).push(ticket, now)
+        self._push(self._queue(ticket.job.request.card.fingerprint), ticket, now)
+
+    def _push(self, queue: Queue, ticket: Ticket, now: float) -> None:
+        queue.push(ticket, now)
+        why = self.fleet.why_waiting(ticket.job.request.card.fingerprint)
+        ticket.choice.life.queued(now, why, queue.position(ticket), queue.tokens_ahead(ticket))
 
     def _convict(self, job: Job, why: str = "") -> None:
         """why: what the engine itself says of it, if it could say anything."""
@@ -350,6 +358,7 @@ class Placement:
             return
         self.counts.failed += 1
         ticket.choice.error = error
+        ticket.choice.life.end(self._clock(), "failed", {"code": error.error_code})
         self._forget(ticket)
         self._report(ticket)
 

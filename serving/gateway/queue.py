@@ -107,6 +107,7 @@ class Queue:
         self._jitter = jitter
         self.num_tokens = 0  # prompts and journals of those that wait
         self._len = 0
+        self._tokens_of: dict[int, int] = {}  # likewise, of each priority; of those that go first under _FIRST
         self._first: list[Ticket] = []  # latest arrival first: the next to go is the last element
         self._lanes: dict[int, Lane] = {}
         self._priorities: list[int] = []  # of the lanes that are not empty, lowest first
@@ -128,9 +129,7 @@ class Queue:
     def push(self, ticket: Ticket, now: float) -> None:
         """Never refuses: the bound is for newcomers (`check_room`), not for what has to be resumed."""
         self.rate.observe(now, self._len > 0, 0)
-        self._len += 1
-        self.num_tokens += ticket.num_tokens
-        ticket.is_queued = True
+        self._count(ticket, 1)
         if ticket.goes_first:
             insort(self._first, ticket, key=_latest_first)
             return
@@ -152,9 +151,7 @@ class Queue:
                 del self._lanes[priority]
                 self._priorities.pop()
         self.rate.observe(now, True, 1 if now > ticket.enqueued_at else 0)
-        self._len -= 1
-        self.num_tokens -= ticket.num_tokens
-        ticket.is_queued = False
+        self._count(ticket, -1)
         return ticket
 
     def discard(self, ticket: Ticket, now: float) -> None:
@@ -171,9 +168,19 @@ class Queue:
                 del self._lanes[ticket.priority]
                 del self._priorities[bisect_left(self._priorities, ticket.priority)]
         self.rate.observe(now, True, 0)
-        self._len -= 1
-        self.num_tokens -= ticket.num_tokens
-        ticket.is_queued = False
+        self._count(ticket, -1)
+
+    def _count(self, ticket: Ticket, change: int) -> None:
+        self._len += change
+        num_tokens = change * ticket.num_tokens
+        self.num_tokens += num_tokens
+        rank = _FIRST if ticket.goes_first else ticket.priority
+        left = self._tokens_of.get(rank, 0) + num_tokens
+        if left:
+            self._tokens_of[rank] = left
+        else:
+            self._tokens_of.pop(rank, None)
+        ticket.is_queued = change > 0
 
     def position(self, ticket: Ticket) -> int:
         """1 = the next to run. An upper bound when others ahead have left without being served."""
@@ -187,10 +194,18 @@ class Queue:
             ahead += len(self._lanes[priority])
         return ahead + self._lanes[ticket.priority].position(ticket) + 1
 
+    def tokens_ahead(self, ticket: Ticket) -> int:
+        """Prompts and journals of those that wait with at least its priority, itself not counted, when it joins."""
+        own = _FIRST if ticket.goes_first else ticket.priority
+        return sum(count for rank, count in self._tokens_of.items() if rank >= own) - ticket.num_tokens
+
     def wait_s(self, position: int) -> float:
         """Predicted seconds until the ticket at `position` starts."""
         per_s = self.rate.per_s()
         return self._unknown_wait_s if per_s is None else position / per_s
+
+
+_FIRST = 1 << 62  # above every priority
 
 
 def _latest_first(ticket: Ticket) -> int:

@@ -15,8 +15,8 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving.errors import ArgosyError
 from serving.gateway.exchange import Exchange
+from serving.gateway.faults import as_error
 
 CLIENT = logging.getLogger("argosy.client")
 
@@ -95,18 +95,18 @@ class Reply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._replies.add(self)
         watch = asyncio.create_task(self._watch(receive))
-        is_disconnect = True
+        is_disconnect, failure = True, None
         try:
             await self.serve(scope, receive, send)
             is_disconnect = self.exchange.has_left
-        except ArgosyError:
-            is_disconnect = False
+        except Exception as error:
+            is_disconnect, failure = False, as_error(error)
             raise
         finally:
             watch.cancel()
             self._replies.discard(self)
             self.exchange.leave()
-            self.exchange.close(is_disconnect)
+            self.exchange.close(is_disconnect, failure)
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

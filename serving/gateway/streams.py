@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from serving.errors import ArgosyError
+from serving.gateway.life import ChoiceLife
 from serving.types import FinishReason, ModelCard, SamplingParams
 
 
@@ -26,6 +27,7 @@ class Choice:
     cached_tokens: int | None = None  # fixed at first admission (C21)
     error: ArgosyError | None = None  # set once; the choice is over
     num_resumes: int = 0
+    life: ChoiceLife = dataclasses.field(default_factory=ChoiceLife)
 
     @property
     def is_done(self) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -19,9 +20,11 @@ from serving.gateway.api.body import read_json
 from serving.gateway.bodies import ChatBody, CompletionBody, Generation
 from serving.gateway.continuation import Continuation, Ending
 from serving.gateway.exchange import Exchange
+from serving.gateway.faults import as_error
 from serving.gateway.fields import Limits
 from serving.gateway.gateway import Gateway
 from serving.gateway.language import Language, Tokens
+from serving.gateway.life import Life
 from serving.gateway.logprobs import TokenNames
 from serving.gateway.rendering import EventRendering, EventShape, Extras, Rendering, WholeRendering
 from serving.gateway.reply import ClientConnection, WholeReply
@@ -63,16 +66,36 @@ class Format(Protocol):
 async def generate(gateway: Gateway, http: HttpRequest, form: Format) -> Response:
     """Serve one generation request. Raises every ArgosyError that a client may cause or meet."""
     arrived = time.monotonic()
+    life = Life(
+        request_id=http.scope["extensions"]["argosy.request_id"],
+        endpoint=http.scope["route"].path,
+        arrived=arrived,
+        arrived_wall=gateway.clock.wall(),
+        trace=(http.headers.get("traceparent", ""), http.headers.get("tracestate", "")),
+    )
+    gateway.lives.begin(life)
+    try:
+        return await _reply(gateway, http, form, life)
+    except BaseException as failure:
+        has_left = isinstance(failure, ClientDisconnect)
+        life.end(time.monotonic(), None if has_left else as_error(failure), has_left=has_left)
+        raise
+
+
+async def _reply(gateway: Gateway, http: HttpRequest, form: Format, life: Life) -> Response:
     is_lenient = http.headers.get("x-argosy-lenient") == "1"
     client: ClientConnection = http.scope["extensions"]["argosy.connection"]
     with gateway.admission.holding() as hold:
         raw = await read_json(http, gateway.settings.max_body_bytes, hold)
+        life.did("read", life.arrived, time.monotonic())
         with gateway.admission.preparing():
             card = await gateway.card(model_name(raw), lambda: not client.is_closing)
             body = form.parse(raw, Limits(card.tokenizer_size, card.max_model_len), is_lenient)
             del raw
             language = await gateway.languages.of(card)
+            begun = time.monotonic()
             prompts = await form.encode(body, language)
+            life.did("tokenised", begun, time.monotonic(), tokens=sum(map(len, prompts)))
     generation = body.generation
     tenant = gateway.tenants.of(http.headers.get("authorization"))
     request = make_request(
@@ -86,13 +109,15 @@ async def generate(gateway: Gateway, http: HttpRequest, form: Format) -> Respons
         salt=tenant.cache_salt(generation.cache_salt),
         draw_seed=gateway.ids.seed,
     )
+    _introduce(life, request, generation)
+    gateway.lives.admitted(life)
     renderings = make_renderings(request, generation, form, language)
-    meter = RequestMeter(gateway.metrics, card.model, arrived, request)
-    exchange = Exchange(request, renderings, gateway.dispatch, meter, gateway.wakes)
+    meter = RequestMeter(gateway.metrics, card.model, life.arrived, request)
+    exchange = Exchange(request, renderings, gateway.dispatch, meter, gateway.wakes, life)
     try:
         exchange.submit()
-    except BaseException:
-        exchange.close(False)
+    except BaseException as error:
+        exchange.close(False, as_error(error))
         raise
     headers = {"x-argosy-determinism": card.determinism}
     if generation.ignored:
@@ -111,6 +136,18 @@ async def generate(gateway: Gateway, http: HttpRequest, form: Format) -> Respons
         return form.document(request, whole, generation, usage(renderings, generation.n))
 
     return WholeReply(exchange, replies, headers, document)
+
+
+def _introduce(life: Life, request: Request, generation: Generation) -> None:
+    """What is fixed at admission."""
+    life.id = request.id
+    life.model = request.card.model
+    life.fingerprint = request.card.fingerprint
+    life.is_stream = generation.stream
+    life.n = generation.n
+    life.priority = request.priority
+    life.num_prompt_tokens = sum(len(choice.prompt_ids) // 4 for choice in request.choices)
+    life.choices = [choice.life for choice in request.choices]
 
 
 def make_renderings(request: Request, generation: Generation, form: Format, language: Language) -> list[Rendering]:
