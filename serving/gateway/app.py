@@ -16,12 +16,13 @@ from starlette.responses import Response
 from serving.config import GatewaySettings
 from serving.errors import ArgosyError
 from serving.gateway.admission import Admission
-from serving.gateway.api import chat, completions, models, operations
+from serving.gateway.api import chat, completions, models, operations, requests
 from serving.gateway.clock import Clock, Ids
 from serving.gateway.envelope import Envelope
 from serving.gateway.faults import error_response
 from serving.gateway.gateway import DataPlane, Gateway
 from serving.gateway.language import Language, Languages
+from serving.gateway.operators import Operators
 from serving.gateway.reply import Pace, look_after
 from serving.gateway.tenants import Tenants
 from serving.metrics.page import Metrics
@@ -56,6 +57,7 @@ def build_app(
         metrics=Metrics(),
         tenants=Tenants(settings.secret),
         admission=Admission(),
+        operators=Operators(settings.operator_token_file),
         pace=pace or Pace(),
         created=clock.steady(),
     )
@@ -95,6 +97,6 @@ def build_app(
         exception_handlers={ArgosyError: answer, HTTPException: answer, RequestValidationError: answer},
     )
     app.state.gateway = gateway
-    for routes in (completions, chat, models, operations):
+    for routes in (completions, chat, models, operations, requests):
         app.include_router(routes.router(gateway))
     return app
