@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from serving.terminal import printable
+from serving.logs import printable
 
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from serving import config
+from serving import config, logs
 
 STEADY_S: Final = 10.0  # a child that lived this long restarts at once
 MAX_BACKOFF_S: Final = 5.0
-MAX_LOG_LINE_BYTES: Final = 8192
+MAX_LOG_LINE_BYTES: Final = logs.MAX_LINE_BYTES + 1  # with its mark
 
 Log = Callable[[str, str], None]
 """(name of the process, one line of its output)"""

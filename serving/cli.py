@@ -1,4 +1,4 @@
-"""`argosy serve | pull | plan | chat | bench | loadtest | metrics`. Heavy imports wait until a command needs them."""
+"""The command `argosy`, a function per subcommand. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -63,6 +63,13 @@ def serve(
         _flag("Where packed weights are kept for the next start. [in the store, for int8 and int4]", "DIR|off"),
     ] = None,
     seed: Annotated[str | None, _flag("Seed of the engine. [0]", "N")] = None,
+    log_format: Annotated[str | None, _flag("Lines for people, or one JSON object a line. [text]", "text|json")] = None,
+    trace_endpoint: Annotated[
+        str | None, _flag("OTLP/HTTP collector that gets spans of requests. [off]", "URL")
+    ] = None,
+    trace_sample: Annotated[
+        str | None, _flag("Share of requests traced; a caller's own decision wins. [1]", "SHARE")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of settings; flags and ARGOSY_* win over it.", metavar="FILE")
     ] = None,
@@ -74,12 +81,16 @@ def serve(
     flags = {key: value for key, value in locals().items() if key not in ("config", "print_config")}
     from serving import config as settings_of
     from serving import found, launch
+    from serving.secret_file import SecretFile
 
     try:
         settings = settings_of.load(flags, config=config)
         facts = found.find(settings)
+        if settings.gateway.operator_token_file:
+            SecretFile(settings.gateway.operator_token_file).check("operator_token_file")
         if settings.engine.device == "cuda" and not facts.has_cuda:
             raise SettingsError(f"--device cuda: no NVIDIA device that torch {facts.torch} could use; leave it at cpu")
+        found.check_tracing(settings)
     except SettingsError as error:
         _refuse(str(error))
     if print_config:
@@ -162,6 +173,35 @@ def chat(
     from serving import chat as terminal_chat
 
     raise typer.Exit(terminal_chat.main(url, model, system))
+
+
+@app.command()
+def explain(
+    request: Annotated[
+        str | None,
+        typer.Argument(help="Id of the reply or its x-request-id; none lists the latest.", show_default=False),
+    ] = None,
+    url: Annotated[str, typer.Option(help="Where the server answers.")] = "http://127.0.0.1:8000",
+    operator_token_file: Annotated[
+        str, typer.Option(help="Operator token, for a server on another machine.", metavar="FILE", show_default=False)
+    ] = "",
+    chrome: Annotated[
+        Path | None, typer.Option(help="Write Chrome's trace format here instead.", metavar="FILE", show_default=False)
+    ] = None,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="table|json")] = "table",
+) -> None:
+    """Say where the time of a request went: queue, chunks, tokens, and every long gap with its cause."""
+    from rich.console import Console
+
+    from serving.explain import Explainer, ExplainFailed, run
+
+    if output not in ("table", "json"):
+        _refuse(f"--output: {output!r} is not one of table, json")
+    try:
+        run(Explainer(url, operator_token_file), request, output, chrome, Console(highlight=False))
+    except (ExplainFailed, SettingsError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

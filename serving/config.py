@@ -62,7 +62,12 @@ class GatewaySettings:
     queue_timeout_s: float = 30.0  # how long a request may wait for capacity
     request_timeout_s: float = 600.0
     max_body_bytes: int = 2 << 20
+    operator_token_file: str = ""  # whoever shows its content may see what operators see; read again when it changes
     cache_dir: str = ""  # assets fetched from replicas, by hash (C23)
+    log_format: str = "text"  # that of the service
+    slow_request_s: float = 60.0  # in text, a request is logged when it failed or took longer
+    trace_endpoint: str = ""  # where spans go: an OTLP/HTTP collector's URL; "" = nowhere
+    trace_sample: float = 1.0  # share of requests traced; what a caller's traceparent says wins
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +82,7 @@ class ServeSettings:
     replicas: int = 1
     gateways: int = 1
     drain_timeout_s: float = 30.0  # how long a replica that leaves waits for its rows to move (C19)
+    log_format: str = "text"  # text, for people | json, one object a line
     store: str = ""  # where `argosy pull` keeps models; "" = the user's cache folder
     weight_cache: str = ""  # folder of packed weights for the next start | off; "" = in the store, if rounded at load
     engine: EngineSettings = dataclasses.field(
@@ -89,7 +95,16 @@ class ServeSettings:
 
 _INTERNAL: Final = {
     EngineSettings: {"model_dir", "served_model_name", "weight_cache_dir"},
-    GatewaySettings: {"fd", "replicas", "directory_url", "secret", "name", "served_model_name", "cache_dir"},
+    GatewaySettings: {
+        "fd",
+        "replicas",
+        "directory_url",
+        "secret",
+        "name",
+        "served_model_name",
+        "cache_dir",
+        "log_format",
+    },
     ServeSettings: {"engine", "gateway"},
 }
 """Fields that the supervisor fills in; nobody asks for them."""
@@ -100,6 +115,7 @@ _CHOICES: Final = {
     "quantization": ("auto", "none", "int8", "int4"),
     "collectives": ("auto", "shared-memory", "gloo", "nccl"),
     "device": ("cpu", "cuda"),
+    "log_format": ("text", "json"),
 }
 
 _RANGES: Final[dict[str, tuple[float, float]]] = {
@@ -123,6 +139,8 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
     "queue_timeout_s": (0, 3600),
     "request_timeout_s": (1, 86400),
     "max_body_bytes": (1 << 10, 1 << 30),
+    "slow_request_s": (0, 86400),
+    "trace_sample": (0, 1),
 }
 
 _LATER: Final = {
@@ -212,6 +230,8 @@ def _value(key: str, given: object, origin: str) -> Any:
         raise SettingsError(f"{origin}: {value:,} is outside {low:,} to {high:,}")
     if key in _LATER and value > 1:
         raise SettingsError(f"{origin}: {_LATER[key]} ({value}) comes with a later release; only 1 works today")
+    if key == "trace_endpoint" and value and not re.match(r"https?://[^/\s]+", value):
+        raise SettingsError(f"{origin}: {value!r} is no http:// or https:// URL")
     if key == "model" and not value:
         raise SettingsError(f"{origin}: name a model, for example {DEFAULT_MODEL}")
     return value

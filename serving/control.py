@@ -28,6 +28,7 @@ class RuntimeSettings(msgspec.Struct, frozen=True, kw_only=True):
     cores: int
     drain_timeout_s: float
     control_fd: int  # inherited end of the socket pair
+    log_format: str = "text"
     directory_port: int = 0  # of Serve's proxy on loopback; Ray only
     server: str = DEFAULT_SERVER  # "module:class"; a test gives another
 

@@ -56,6 +56,17 @@ def _installed(distribution: str) -> str:
         return "not installed"
 
 
+_TRACING: Final = "opentelemetry-exporter-otlp-proto-http"
+
+
+def check_tracing(settings: ServeSettings) -> None:
+    """Refuse to trace without what tracing needs. Raises SettingsError that says what to install."""
+    if settings.gateway.trace_endpoint and _installed(_TRACING) == "not installed":
+        raise SettingsError(
+            f"--trace-endpoint: tracing needs {_TRACING}, which is not installed; pip install 'argosy[tracing]'"
+        )
+
+
 def _memory_available_bytes() -> int:
     """MemAvailable, or what the control group (v2) still allows when that is less."""
     match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)

@@ -8,10 +8,11 @@ import signal
 import sys
 from pathlib import Path
 
-from serving import found
+from serving import found, logs
 from serving.config import ServeSettings
 from serving.errors import SettingsError
 from serving.found import Found
+from serving.json_lines import JsonLines
 from serving.supervisor import StartFailed, Supervisor, listen
 from serving.terminal import Terminal
 
@@ -21,9 +22,12 @@ def serve(settings: ServeSettings, facts: Found) -> int:
     try:
         listener = listen(settings.host, settings.port)  # before anything slow: a taken port fails at once
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        refusal = f"error: {error}"
+        if settings.log_format == "json":
+            refusal = logs.encoded("error", "supervisor", "argosy.supervisor", str(error), {"event": "failed"})
+        print(refusal, file=sys.stderr)
         return 2
-    terminal = Terminal(settings.served_model_name)
+    terminal = (JsonLines if settings.log_format == "json" else Terminal)(settings.served_model_name)
 
     def find_model() -> Path:
         from models.store import pull

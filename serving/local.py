@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib
+import logging
 import os
 import selectors
 import signal
@@ -30,6 +31,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
+from serving import logs
 from serving.config import EngineSettings
 from serving.control import (
     Deploy,
@@ -46,6 +48,8 @@ from serving.control import (
 )
 from serving.errors import ModelLoadError, SettingsError
 from serving.leash import leash
+
+logger = logging.getLogger("argosy.local")
 
 PULSE_S: Final = 0.5
 SILENCE_S: Final = 3.0
@@ -162,12 +166,18 @@ class LocalRuntime:
         pairs = [socket.socketpair() for _ in range(_num_ranks(self._engine) - 1)]
         ends = [end for pair in pairs for end in pair]
         for rank, (_, end) in enumerate(pairs, 1):
-            replica.pids[rank] = pid = self._fork(ends, lambda end=end: self._be_rank(end), kept=[end])  # type: ignore[misc]
+            name = f"local-{replica.index}-rank-{rank}"
+            replica.pids[rank] = pid = self._fork(name, ends, lambda end=end: self._be_rank(end), kept=[end])  # type: ignore[misc]
             replica.pidfds[rank] = os.pidfd_open(pid)
             self._selector.register(replica.pidfds[rank], selectors.EVENT_READ, replica)
         read_fd, write_fd = os.pipe()  # now, so that the other ranks do not hold it open
         to_ranks = [end for end, _ in pairs]
-        replica.pids[0] = self._fork(ends, lambda: self._be_front(replica.index, write_fd, to_ranks), kept=to_ranks)
+        replica.pids[0] = self._fork(
+            f"local-{replica.index}",
+            ends,
+            lambda: self._be_front(replica.index, write_fd, to_ranks),
+            kept=to_ranks,
+        )
         os.close(write_fd)
         for end in ends:  # each belongs to one process, or its end would never be seen
             end.close()
@@ -262,7 +272,9 @@ class LocalRuntime:
 
     # --- in the forks ---------------------------------------------------------------------------
 
-    def _fork(self, ends: Sequence[socket.socket], run: Callable[[], None], *, kept: Sequence[socket.socket]) -> int:
+    def _fork(
+        self, name: str, ends: Sequence[socket.socket], run: Callable[[], None], *, kept: Sequence[socket.socket]
+    ) -> int:
         """The pid of a new process that executes `run` and exits. Of the sockets `ends` it keeps `kept`."""
         parent = os.getpid()
         pid = os.fork()
@@ -272,6 +284,8 @@ class LocalRuntime:
         try:
             leash(parent)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self._settings.log_format == "json":
+                logs.set_up(name, "json")
             self._supervisor.socket.close()
             self._selector.close()
             for end in ends:
@@ -322,7 +336,7 @@ class LocalRuntime:
         while True:
             healthy, why = server.health()
             if not healthy:
-                print(f"replica {index} is sick: {why}", file=sys.stderr, flush=True)
+                logger.critical("replica %d is sick: %s", index, why)
                 os._exit(1)
             os.write(report_fd, _PULSE + b"\n")
             time.sleep(PULSE_S)
@@ -340,7 +354,10 @@ def _how(status: int) -> str:
 def main(argument: str) -> None:
     """argument: RuntimeSettings as JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to handle
-    runtime = LocalRuntime(msgspec.json.decode(argument, type=RuntimeSettings))
+    settings = msgspec.json.decode(argument, type=RuntimeSettings)
+    if settings.log_format == "json":
+        logs.set_up("local", "json")  # without a thread: this process forks
+    runtime = LocalRuntime(settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves `run` through its `finally`
     runtime.preload()
     runtime.run()

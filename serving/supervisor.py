@@ -42,8 +42,8 @@ class View(Protocol):
     def loading(self, who: str, done_bytes: int, total_bytes: int, seconds: float) -> None:
         """How far the weights are, `seconds` after their loading began."""
 
-    def log(self, source: str, line: str) -> None:
-        """One line of a child's output, or of the supervisor's own."""
+    def log(self, source: str, line: str, level: str = "info") -> None:
+        """One line of a child's output, or of the supervisor's own. level: info | warning | error."""
 
     def ready(self, url: str, seconds: float) -> None:
         """A completion would be served now, `seconds` after the start."""
@@ -180,7 +180,7 @@ class Supervisor:
         while cause := await self._why_not_serving():
             if time.monotonic() - told > PATIENCE_S:
                 told = time.monotonic()
-                self._view.log("supervisor", f"the replicas are ready, the gateway is not yet: {cause}")
+                self._view.log("supervisor", f"the replicas are ready, the gateway is not yet: {cause}", "warning")
             await asyncio.sleep(0.05)
         self._view.phase("gateway", "first contact", time.monotonic() - begun)
         self._is_ready = True
@@ -219,6 +219,7 @@ class Supervisor:
             directory_url=None if is_local else f"http://127.0.0.1:{self._directory_port}/directory",
             secret=self._folder.secret.hex(),
             cache_dir=str(Path(settings.store) / ".assets"),
+            log_format=settings.log_format,
         )
         return Launch(msgspec.json.encode(gateway).decode(), fds=(self._listener.fileno(),))
 
@@ -238,6 +239,7 @@ class Supervisor:
             cores=self._facts.cores,
             drain_timeout_s=self._settings.drain_timeout_s,
             control_fd=theirs.fileno(),
+            log_format=self._settings.log_format,
             directory_port=self._directory_port,
             server=self._server,
         )
@@ -271,10 +273,10 @@ class Supervisor:
                 if self._is_ready:
                     self._view.log("supervisor", "every replica is ready again")
             case control.Note(text):
-                self._view.log("supervisor", text)
+                self._view.log("supervisor", text, "warning")
             case control.Failed(text):
                 if self._is_ready:
-                    self._view.log("supervisor", text)
+                    self._view.log("supervisor", text, "error")
                 else:
                     self._fail(text)
 
@@ -285,7 +287,7 @@ class Supervisor:
 
     def _report_death(self, what: str, code: int, failures: int) -> None:
         how = f"exited with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        self._view.log("supervisor", f"{what} {how}; restarting")
+        self._view.log("supervisor", f"{what} {how}; restarting", "warning")
         if not self._is_ready and failures >= MAX_EARLY_DEATHS:
             self._fail(f"{what} ended {failures} times while starting; its last words are above")
 

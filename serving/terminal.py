@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from serving.logs import printable
+
 MAX_WAITING_LINES: Final = 1000
 
 
@@ -87,7 +89,7 @@ class Terminal:
         if total and done >= total and phase == "verify":
             self._progress.update(self._pull, visible=False)
 
-    def log(self, source: str, line: str) -> None:
+    def log(self, source: str, line: str, level: str = "info") -> None:
         """One line of a child's output, or of the supervisor's own."""
         self._say(f"[dim]{escape(source)} |[/dim] {escape(printable(line))}")
 
@@ -118,7 +120,8 @@ class Terminal:
     def close(self) -> None:
         """Print what waits and give the terminal back."""
         self._end_progress()
-        self._lines.put(None)
+        with contextlib.suppress(queue.Full):  # nobody reads
+            self._lines.put(None, timeout=1.0)
         self._printer.join(1.0)
 
     def _end_progress(self) -> None:
@@ -147,8 +150,3 @@ def _gigabytes(done_bytes: int, seconds: float, total_bytes: int | None = None) 
     of_total = "" if total_bytes is None else f" of {total_bytes / scale:.1f}"
     rate = done_bytes / 1e9 / max(seconds, 1e-9)
     return f"{done_bytes / scale:.1f}{of_total} {unit}, {rate:.{1 if rate >= 0.1 else 3}f} GB/s"
-
-
-def printable(line: str) -> str:
-    """Without control characters: a log line must not drive the reader's terminal."""
-    return "".join(char if char.isprintable() or char == "\t" else " " for char in line)

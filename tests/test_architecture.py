@@ -20,7 +20,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("serving", "models", "k8s", "loadtest")
 MAX_LINES = 400
 
-LEAVES = tuple(f"serving.{name}" for name in ("types", "errors", "metrics", "wire", "block_hash", "config", "control"))
+LEAVES = tuple(
+    f"serving.{name}"
+    for name in ("types", "errors", "metrics", "wire", "block_hash", "config", "control", "logs", "secret_file")
+)
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, LEAVES),

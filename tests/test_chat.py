@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from serving.chat import Chat, ChatFailed, served_models
-from serving.terminal import printable
+from serving.logs import printable
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class Recorder:
     def loading(self, who: str, done_bytes: int, total_bytes: int, seconds: float) -> None:
         self.loads.append((who, done_bytes, total_bytes))
 
-    def log(self, source: str, line: str) -> None:
+    def log(self, source: str, line: str, level: str = "info") -> None:
         self.lines.append(f"{source} | {line}")
 
     def ready(self, url: str, seconds: float) -> None:

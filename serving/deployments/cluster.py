@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
-from serving import config
+from serving import config, logs
 from serving.control import Deploy, Event, Failed, Loading, Note, Phase, Ready, RuntimeEnd, RuntimeSettings
 from serving.deployments.document import MODEL_APP, ReplicaArguments, serve_config
 from serving.deployments.placement import cpu_share, room_for
@@ -250,7 +250,10 @@ def main(argument: str) -> None:
     """argument: RuntimeSettings as JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to handle
     signal.signal(signal.SIGTERM, _exit)
-    RayRuntime(msgspec.json.decode(argument, type=RuntimeSettings)).run()
+    settings = msgspec.json.decode(argument, type=RuntimeSettings)
+    if settings.log_format == "json":
+        logs.set_up("ray", "json")
+    RayRuntime(settings).run()
 
 
 if __name__ == "__main__":

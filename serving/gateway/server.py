@@ -7,12 +7,12 @@ import gc
 import logging
 import signal
 import socket
-import sys
 
 import uvicorn
 import uvloop
 from fastapi import FastAPI
 
+from serving import logs
 from serving.config import GatewaySettings
 from serving.errors import ArgosyError, NoCapacity
 from serving.gateway.app import build_app
@@ -80,11 +80,18 @@ def make_server(app: FastAPI, settings: GatewaySettings) -> GatewayServer:
 
 def run(settings: GatewaySettings) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    outlet = logs.set_up(
+        settings.name,
+        settings.log_format,
+        is_patient=False,  # who logs here runs the streams
+        has_messages=False,
+        secrets=(settings.secret,),
+    )
     for name in ("uvicorn.error", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
     async def serve() -> None:
+        asyncio.get_running_loop().set_exception_handler(logs.on_loop_failure)
         server = make_server(build_app(settings, Dispatch(settings)), settings)
         await server.serve(sockets=[socket.socket(fileno=settings.fd)])
 
@@ -94,4 +101,5 @@ def run(settings: GatewaySettings) -> int:
     gc.freeze()  # modules live for ever: no collection need look at them
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve())
+    outlet.close()
     return 0
