@@ -1,0 +1,88 @@
+"""How one set of objects becomes another, in the two words that kustomize knows: JSON patches and deletions."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from k8s.objects import Object
+
+Key = tuple[str, str, str]
+"""(apiVersion, kind, name): within one deployment nothing else tells objects apart."""
+Operation = dict[str, Any]
+"""{op: add | replace | remove, path, value}: RFC 6902."""
+
+
+def key_of(thing: Object) -> Key:
+    return thing["apiVersion"], thing["kind"], thing["metadata"]["name"]
+
+
+def keyed(objects: Iterable[Object]) -> dict[Key, Object]:
+    """Raises ValueError when two objects have one name."""
+    found: dict[Key, Object] = {}
+    for thing in objects:
+        if key_of(thing) in found:
+            raise ValueError(f"two objects are {' '.join(key_of(thing))}")
+        found[key_of(thing)] = thing
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """What turns one set of objects into another."""
+
+    added: dict[Key, Object]
+    removed: tuple[Key, ...]
+    patched: dict[Key, list[Operation]]
+
+    def apply(self, objects: dict[Key, Object]) -> dict[Key, Object]:
+        """The changed set; `objects` stay as they are."""
+        found = {key: copy.deepcopy(thing) for key, thing in objects.items() if key not in self.removed}
+        for key, operations in self.patched.items():
+            for operation in operations:
+                _apply(found[key], operation)
+        return found | copy.deepcopy(self.added)
+
+
+def change(before: dict[Key, Object], after: dict[Key, Object]) -> Change:
+    patched = {key: difference(before[key], after[key]) for key in before if key in after}
+    return Change(
+        added={key: after[key] for key in after if key not in before},
+        removed=tuple(key for key in before if key not in after),
+        patched={key: operations for key, operations in patched.items() if operations},
+    )
+
+
+def difference(before: Any, after: Any, path: str = "") -> list[Operation]:
+    """Operations that turn `before` into `after`. Lists of one length are compared item by item."""
+    if before == after:
+        return []
+    if isinstance(before, dict) and isinstance(after, dict):
+        found: list[Operation] = []
+        for name in sorted(before.keys() | after.keys()):
+            where = f"{path}/{name.replace('~', '~0').replace('/', '~1')}"
+            if name not in after:
+                found.append({"op": "remove", "path": where})
+            elif name not in before:
+                found.append({"op": "add", "path": where, "value": after[name]})
+            else:
+                found += difference(before[name], after[name], where)
+        return found
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        return [
+            step for i, pair in enumerate(zip(before, after, strict=True)) for step in difference(*pair, f"{path}/{i}")
+        ]
+    return [{"op": "replace", "path": path, "value": after}]
+
+
+def _apply(thing: Any, operation: Operation) -> None:
+    *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
+    for part in parents:
+        thing = thing[int(part)] if isinstance(thing, list) else thing[part]
+    where = int(last) if isinstance(thing, list) else last
+    if operation["op"] == "remove":
+        del thing[where]
+    else:
+        thing[where] = copy.deepcopy(operation["value"])
