@@ -67,9 +67,9 @@ def _events(events: Sequence[Event], arrived: float) -> list[dict[str, Any]]:
         item: dict[str, Any] = {"kind": event.kind, "at_s": _rounded(event.at - arrived)}
         if event.until != event.at:
             item["for_s"] = _rounded(event.seconds)
-        found.append(item | event.detail)
+        found.append(item | {key: _rounded(value) for key, value in event.detail.items()})
     return found
 
 
-def _rounded(value: float | int | None) -> float | int | None:
+def _rounded(value: float | int | str | None) -> float | int | str | None:
     return round(value, 6) if isinstance(value, float) else value

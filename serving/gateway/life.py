@@ -21,6 +21,8 @@ MIN_GAP_S = 0.05
 """A gap is long from here on and from LONG times the choice's average; from MAX_GAP_S on in any case."""
 LONG = 3.0
 MAX_GAP_S = 1.0
+MIN_WAIT_S = 0.001
+"""Shorter waits are none."""
 _FIRST_GAP_S = 0.1  # expected before any has been seen
 _KEEP = 0.95  # weight of the past in the average
 
@@ -114,6 +116,7 @@ class ChoiceLife:
 
     def admitted(self, now: float, num_cached: int) -> None:
         """The replica's scheduler has given it a row."""
+        now = max(now, self._sent_at or now)
         self._sent_at = None
         self._add(Event("admitted", now, now, {"cached_tokens": num_cached}))
 
@@ -122,6 +125,7 @@ class ChoiceLife:
         began = now if self._sent_at is None else self._sent_at
         if self._sent_at is None:
             began = next((event.at for event in reversed(self.events) if event.kind == "preempted"), now)
+        now = max(now, began)
         name = Wait(why).name.lower() if why in Wait.__members__.values() else "other"
         self._add(Event("waited", began, now, {"why": name}))
 
@@ -130,9 +134,9 @@ class ChoiceLife:
         if kind == Note.CHUNK:
             self.chunk(step, value)
         elif kind == Note.PREEMPTED:
-            self.preempted(step.received_at, value)
+            self.preempted(max(step.started_at, self.last_token_at), value)
         elif kind == Note.WAITED:
-            self.waited(step.received_at, value)
+            self.waited(step.started_at, value)
 
     # --- computing --------------------------------------------------------------------------------
 
@@ -199,7 +203,24 @@ class ChoiceLife:
         self.num_gaps += 1
         if self.longest_gap is None or gap_s > self.longest_gap.seconds:
             self.longest_gap = Gap(gap_s, cause)
-        self._add(Event("gap", since, now, {"cause": cause, "detail": detail}))
+        if not self._prolongs(cause, now, gap_s, detail):
+            self._add(Event("gap", since, now, {"cause": cause, "detail": detail}))
+
+    def _prolongs(self, cause: str, now: float, gap_s: float, detail: str) -> bool:
+        """Whether only a token lies between this gap and another of the same cause: they are one event then."""
+        if len(self.events) < 2:
+            return False
+        gap, token = self.events[-2:]
+        if gap.kind != "gap" or gap.detail["cause"] != cause or token.kind != "decode" or token.detail["tokens"] != 1:
+            return False
+        self.events.pop()
+        longest_s = float(gap.detail.get("longest_s", gap.seconds))
+        if gap_s > longest_s:
+            gap.detail["detail"] = detail
+        gap.detail["longest_s"] = max(longest_s, gap_s)
+        gap.detail["gaps"] = int(gap.detail.get("gaps", 1)) + 1
+        gap.until = now
+        return True
 
     def _interruption(self, since: float) -> tuple[str, str]:
         """What took the choice off its replica since then, if anything did."""
@@ -256,7 +277,7 @@ class ChoiceLife:
 
     def _leave_queue(self, now: float) -> None:
         queued, self._queued = self._queued, None
-        if queued is not None and now > queued.at:
+        if queued is not None and now - queued.at >= MIN_WAIT_S:
             queued.until = now
             self._add(queued)
 
@@ -293,8 +314,9 @@ class Life:
     is_refused: bool = False  # it never reached a queue
 
     def did(self, kind: str, since: float, now: float, **detail: Detail) -> None:
-        """A part of its preparation is over."""
-        self.events.append(Event(kind, since, now, detail))
+        """A part of its preparation is over; one that took no time to speak of is left out."""
+        if now - since >= MIN_WAIT_S or detail:
+            self.events.append(Event(kind, since, now, detail))
 
     def end(self, now: float, error: ArgosyError | None, *, has_left: bool, cached_tokens: int = 0) -> None:
         """The reply is over, or will never begin. Idempotent."""

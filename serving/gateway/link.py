@@ -15,7 +15,7 @@ from serving import wire
 from serving.gateway.pulse import Pulse
 from serving.gateway.steps import StepLog
 from serving.gateway.ticket import Ticket
-from serving.types import NO_LOGPROBS, FinishReason, ReplicaStats, StepRecord
+from serving.types import NO_LOGPROBS, FinishReason, ReplicaStats
 
 logger = logging.getLogger("argosy.gateway")
 
@@ -235,10 +235,12 @@ class Link:
         if handles:
             self._check_bounds(max(handles), max(tokens))
         now = self._clock()
+        seen = None if step.record is None else self.steps.add(step.step, step.record, now)
+        for handle, kind, value in step.notes:
+            if seen is not None and (ticket := self._rows.get(handle)) is not None:
+                ticket.choice.life.noted(kind, value, seen)
         for handle, cached_tokens in step.admitted:
-            self._admit(handle, cached_tokens, now)
-        if step.record is not None:
-            self._note(step.step, step.record, step.notes, now)
+            self._admit(handle, cached_tokens, now if seen is None else seen.started_at)
         if step.logprobs:
             self._journal_logprobs(step.logprobs, handles)
         appends = self._appends
@@ -273,14 +275,6 @@ class Link:
             raise wire.WireError(f"step for handle {handle}: never submitted")
         if token >= self.card.tokenizer_size:
             raise wire.WireError(f"token id {token} of {self.card.tokenizer_size}")
-
-    def _note(self, number: int, record: StepRecord, notes: list[tuple[int, int, int]], now: float) -> None:
-        """For the account of what became of the rows; nothing that is served depends on it."""
-        step = self.steps.add(number, record, now)
-        for handle, kind, value in notes:
-            ticket = self._rows.get(handle)
-            if ticket is not None:
-                ticket.choice.life.noted(kind, value, step)
 
     def _admit(self, handle: int, cached_tokens: int, now: float) -> None:
         ticket = self._rows.get(handle)

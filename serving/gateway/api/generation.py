@@ -89,13 +89,17 @@ async def _reply(gateway: Gateway, http: HttpRequest, form: Format, life: Life) 
         raw = await read_json(http, gateway.settings.max_body_bytes, hold)
         life.did("read", life.arrived, time.monotonic())
         with gateway.admission.preparing():
+            begun = time.monotonic()
             card = await gateway.card(model_name(raw), lambda: not client.is_closing)
+            life.did("model", begun, time.monotonic())  # takes time only until a replica has been seen
             body = form.parse(raw, Limits(card.tokenizer_size, card.max_model_len), is_lenient)
             del raw
-            language = await gateway.languages.of(card)
             begun = time.monotonic()
+            language = await gateway.languages.of(card)
+            loaded = time.monotonic()
+            life.did("tokenizer", begun, loaded)  # and this until it has been loaded
             prompts = await form.encode(body, language)
-            life.did("tokenised", begun, time.monotonic(), tokens=sum(map(len, prompts)))
+            life.did("tokenised", loaded, time.monotonic(), tokens=sum(map(len, prompts)))
     generation = body.generation
     tenant = gateway.tenants.of(http.headers.get("authorization"))
     request = make_request(
