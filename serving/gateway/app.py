@@ -16,7 +16,7 @@ from starlette.responses import Response
 from serving.config import GatewaySettings
 from serving.errors import ArgosyError
 from serving.gateway.admission import Admission
-from serving.gateway.api import chat, completions, models, operations, requests
+from serving.gateway.api import chat, completions, console, models, operations, requests
 from serving.gateway.clock import Clock, Ids
 from serving.gateway.envelope import Envelope
 from serving.gateway.faults import error_response
@@ -97,6 +97,6 @@ def build_app(
         exception_handlers={ArgosyError: answer, HTTPException: answer, RequestValidationError: answer},
     )
     app.state.gateway = gateway
-    for routes in (completions, chat, models, operations, requests):
+    for routes in (completions, chat, models, operations, requests, console):
         app.include_router(routes.router(gateway))
     return app
