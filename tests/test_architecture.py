@@ -47,6 +47,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "starlette": ("serving.gateway", "serving.deployments"),
     "uvicorn": ("serving.gateway",),
     "kubernetes": ("k8s",),
+    "opentelemetry": ("serving.gateway.tracing",),
 }
 """Distribution -> the only packages that import it."""
 
@@ -208,6 +209,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "serving.gateway.queue: if True:\n    import torch.nn",
         "k8s.render: import torch",
         "loadtest.users: import ray",
+        "serving.gateway.server: def f():\n    import opentelemetry.sdk.trace",
     ),
     imports_absolutely: ("models.batch: from . import config", "models.ops.cpu: from ..batch import Batch"),
     leaves_the_environment_to_config: (

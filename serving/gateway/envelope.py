@@ -9,6 +9,7 @@ from collections.abc import Callable
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving import logs
 from serving.gateway.faults import error_response
 from serving.metrics.page import Metrics
 
@@ -38,6 +39,7 @@ class Envelope:
         request_id = _given_id(scope) or self._draw_id().encode()
 
         scope.setdefault("extensions", {})["argosy.request_id"] = request_id.decode()
+        logs.REQUEST_ID.set(request_id.decode())
         is_started = False
 
         async def send_first(message: Message) -> None:

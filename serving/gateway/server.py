@@ -20,21 +20,32 @@ from serving.gateway.dispatch import Dispatch
 from serving.gateway.envelope import OTHER
 from serving.gateway.gateway import Gateway
 from serving.gateway.http import bounded_protocol
+from serving.gateway.life import Life
+from serving.gateway.request_log import RequestLog
+from serving.gateway.tracing import Tracing
 
 logger = logging.getLogger("argosy.gateway")
 
-DRAIN_S = 2.0
-"""How long running requests may still take once the process is told to end."""
 BACKLOG = 2048
 
 
 class GatewayServer(uvicorn.Server):
     """Ends in three moves: accept nothing more, let what runs finish for a while, fail the rest."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, drain_s: float = DRAIN_S) -> None:
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, drain_s: float) -> None:
         super().__init__(config)
         self._gateway = gateway
         self._drain_s = drain_s
+        settings = gateway.settings
+        self._log = RequestLog(settings.log_format, settings.slow_request_s)
+        self.tracing: Tracing | None = None
+        if settings.trace_endpoint:
+            self.tracing = Tracing(settings.trace_endpoint, settings.trace_sample, settings.name)
+        gateway.lives.sinks.append(self._tell)
+
+    def _tell(self, life: Life) -> None:
+        """A request is over."""
+        self._log.on_end(life, "" if self.tracing is None else self.tracing.on_end(life))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -52,6 +63,9 @@ class GatewayServer(uvicorn.Server):
         for reply in list(self._gateway.replies):
             reply.exchange.fail(NoCapacity("The gateway is shutting down.", retry_after_s=1.0, reason="draining"))
         await super().shutdown(sockets)
+        self._log.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 def make_server(app: FastAPI, settings: GatewaySettings) -> GatewayServer:
@@ -75,7 +89,7 @@ def make_server(app: FastAPI, settings: GatewaySettings) -> GatewayServer:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=1,
     )
-    return GatewayServer(config, gateway)
+    return GatewayServer(config, gateway, settings.drain_s)
 
 
 def run(settings: GatewaySettings) -> int:
@@ -85,7 +99,7 @@ def run(settings: GatewaySettings) -> int:
         settings.log_format,
         is_patient=False,  # who logs here runs the streams
         has_messages=False,
-        secrets=(settings.secret,),
+        secrets=tuple(settings.secret.split(",")),
     )
     for name in ("uvicorn.error", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
