@@ -55,7 +55,7 @@ class GatewaySettings:
     fd: int  # a listening socket bound by the supervisor (C24)
     replicas: tuple[str, ...] = ()  # static membership: "unix:<path>" or "tcp:<host>:<port>"
     directory_url: str | None = None  # or long-polled membership (C20)
-    secret: str = ""  # hex; shared with the replicas (C22)
+    secret: str = ""  # hex; shared with the replicas (C22); several between commas while they rotate
     name: str = "gateway-0"
     served_model_name: str = ""  # known before the first card, so that an early request waits
     max_queue_len: int = 2000  # choices
@@ -64,6 +64,7 @@ class GatewaySettings:
     max_body_bytes: int = 2 << 20
     operator_token_file: str = ""  # whoever shows its content may see what operators see; read again when it changes
     cache_dir: str = ""  # assets fetched from replicas, by hash (C23)
+    drain_s: float = 2.0  # how long running requests may still take once the process is told to end
     log_format: str = "text"  # that of the service
     slow_request_s: float = 60.0  # in text, a request is logged when it failed or took longer
     trace_endpoint: str = ""  # where spans go: an OTLP/HTTP collector's URL; "" = nowhere
@@ -103,6 +104,7 @@ _INTERNAL: Final = {
         "name",
         "served_model_name",
         "cache_dir",
+        "drain_s",
         "log_format",
     },
     ServeSettings: {"engine", "gateway"},
