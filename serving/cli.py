@@ -102,6 +102,41 @@ def serve(
 
 
 @app.command()
+def gateway(
+    directory_url: Annotated[
+        str, typer.Option(help="Where replicas are told: http://…/directory of Ray Serve's proxy.", metavar="URL")
+    ],
+    secret_file: Annotated[
+        str,
+        typer.Option(help="What replicas know, too; hexadecimal lines, read again when they change.", metavar="FILE"),
+    ],
+    host: Annotated[str | None, _flag("Address to listen on. [127.0.0.1]", "HOST")] = None,
+    port: Annotated[str | None, _flag("Port to listen on; 0 takes any free one. [8000]", "PORT")] = None,
+    served_model_name: Annotated[str | None, _flag("Name that clients use. [derived from the model]", "NAME")] = None,
+    log_format: Annotated[str | None, _flag("Lines for people, or one JSON object a line. [text]", "text|json")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of settings; flags and ARGOSY_* win over it.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Serve HTTP for replicas that a Ray cluster keeps; needs neither torch nor Ray."""
+    flags = {"host": host, "port": port, "served_model_name": served_model_name, "log_format": log_format}
+    from serving import config as settings_of
+    from serving import found, gateway_alone
+    from serving.secret_file import SecretFile
+
+    try:
+        settings = settings_of.load(flags, config=config)
+        if settings.gateway.operator_token_file:
+            SecretFile(settings.gateway.operator_token_file).check("operator_token_file")
+        found.check_tracing(settings)
+        if not directory_url.startswith(("http://", "https://")):
+            raise SettingsError(f"--directory-url: {directory_url!r} does not begin with http:// or https://")
+    except SettingsError as error:
+        _refuse(str(error))
+    raise typer.Exit(gateway_alone.serve(settings, directory_url, secret_file))
+
+
+@app.command()
 def pull(
     model: Annotated[str, typer.Argument(help="Alias, model folder, GGUF file or hub id.")] = "smollm2-135m-instruct",
     quantization: Annotated[

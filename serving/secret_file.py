@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
 from serving.config import expanded
 from serving.errors import SettingsError
@@ -11,6 +13,28 @@ logger = logging.getLogger(__name__)
 
 MIN_BYTES = 16
 MAX_BYTES = 4096
+
+
+_HEX = re.compile(rb"[0-9a-fA-F]{32,}(\s+[0-9a-fA-F]{32,})*\s*")
+
+
+def shared_secrets(path: str) -> tuple[bytes, ...]:
+    """What gateways and replicas prove to each other (C22), from a file of hexadecimal lines or of 16 bytes and more.
+
+    Replicas prove the first. Gateways know all of them, so that the first can change while replicas of both kinds run.
+    Raises SettingsError.
+    """
+    try:
+        found = Path(path).read_bytes()
+    except OSError as error:
+        raise SettingsError(f"the engine secret in {path}: {error.strerror}") from None
+    if _HEX.fullmatch(found):
+        if any(len(line) % 2 for line in found.split()):
+            raise SettingsError(f"the engine secret in {path}: a line has an odd number of hexadecimal digits")
+        return tuple(bytes.fromhex(line.decode()) for line in found.split())
+    if not MIN_BYTES <= len(found) <= MAX_BYTES:
+        raise SettingsError(f"the engine secret in {path} has {len(found)} bytes, not {MIN_BYTES} to {MAX_BYTES}")
+    return (found,)
 
 
 class SecretFile:

@@ -26,7 +26,7 @@ class ReplicaArguments:
 
     engine: EngineSettings
     secret_file: str  # the secret itself stays out of Serve's config, logs and state
-    listen: str = "tcp:127.0.0.1:7600-7631"
+    listen: str = "tcp:127.0.0.1:7600-7631"  # tcp:node:…: the address under which Ray knows the host
     drain_timeout_s: float = 30.0
     server: str = DEFAULT_SERVER
 

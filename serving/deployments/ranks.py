@@ -10,7 +10,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import ray
@@ -21,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from serving.deployments.placement import describe
 from serving.deployments.rank_listener import RankListener, introduce
 from serving.errors import ModelLoadError
+from serving.secret_file import shared_secrets
 
 START_S: Final = 120.0  # from asking for a rank to its connection: a process, torch, a handshake
 _CALL_S: Final = 5.0
@@ -36,7 +36,7 @@ class Rank:
         """Connect to rank 0 and obey it from then on. Raises OSError; the process ends with the connection."""
         from serving.engine.rank import run_rank
 
-        sock = introduce(address, rank, gang, Path(secret_file).read_bytes())
+        sock = introduce(address, rank, gang, shared_secrets(secret_file)[0])
         threading.Thread(target=run_rank, args=(sock,), name="rank", daemon=True).start()
 
 
@@ -49,7 +49,7 @@ class RankActors:
         gang: unique per start. host: where rank 0 listens for them.
         """
         self._placement = placement
-        self._listener = RankListener(host, gang, Path(secret_file).read_bytes())
+        self._listener = RankListener(host, gang, shared_secrets(secret_file)[0])
         self._actors: dict[int, Any] = {}
         self._calls: dict[int, Any] = {}
         remote = ray.remote(Rank)

@@ -12,7 +12,6 @@ import importlib
 import logging
 import secrets
 import time
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -24,6 +23,7 @@ from serving.deployments.document import DIRECTORY_APP, DIRECTORY_DEPLOYMENT, Re
 from serving.deployments.placement import num_ranks
 from serving.deployments.ranks import RankActors
 from serving.errors import ModelLoadError, SettingsError
+from serving.secret_file import shared_secrets
 
 logger = logging.getLogger("ray.serve")
 
@@ -36,6 +36,8 @@ class Replica:
     async def __init__(self, arguments: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._arguments = msgspec.convert(arguments, ReplicaArguments)
         self._id = serve.get_replica_context().replica_id.unique_id
+        # Where gateways on other hosts find it: the directory tells the address that it is bound to.
+        self._listen = self._arguments.listen.replace("tcp:node:", f"tcp:{get_node_ip_address()}:")
         self._state = "ready"
         self._server: Any = None
         self._ranks: RankActors | None = None
@@ -74,8 +76,8 @@ class Replica:
         server = server_class(
             arguments.engine,
             replica_id=self._id,
-            secret=Path(arguments.secret_file).read_bytes(),
-            listen=arguments.listen,
+            secret=shared_secrets(arguments.secret_file)[0],
+            listen=self._listen,
             on_phase=on_phase,
             on_load=on_load,
             ranks=sockets,
@@ -87,9 +89,7 @@ class Replica:
         placement = get_current_placement_group()
         if placement is None:
             raise ModelLoadError("a replica of several ranks has no placement group; deploy it through `serve_config`")
-        host = self._arguments.listen.split(":")[1]
-        if host == "0.0.0.0":
-            host = get_node_ip_address()
+        host = self._listen.split(":")[1]
         # A start has a name of its own: a rank of an earlier one is never taken for one of this.
         gang = f"{self._id}-{secrets.token_hex(8)}"
         return RankActors(placement, gang, host, self._arguments.secret_file)

@@ -35,7 +35,7 @@ class Connection(asyncio.Protocol):
     def __init__(
         self,
         *,
-        secret: bytes,
+        secrets: tuple[bytes, ...],
         gateway: str,
         owner: LinkOwner,
         clock: Callable[[], float],
@@ -45,7 +45,7 @@ class Connection(asyncio.Protocol):
         self.opened: asyncio.Future[Link] = loop.create_future()
         self.lost = asyncio.Event()
         self._loop = loop
-        self._secret = secret
+        self._secrets = secrets
         self._gateway = gateway
         self._owner = owner
         self._clock = clock
@@ -108,10 +108,13 @@ class Connection(asyncio.Protocol):
             raise wire.WireError(f"protocol version {message.version}: this gateway speaks {wire.PROTOCOL_VERSION}")
         if len(message.nonce) != wire.NONCE_BYTES:
             raise wire.WireError(f"nonce of {len(message.nonce)} bytes: expected {wire.NONCE_BYTES}")
-        if not wire.is_proof(self._secret, "replica", self._nonce, message.nonce, message.mac):
+        for secret in self._secrets:  # while they rotate, replicas have the old one or the new
+            if wire.is_proof(secret, "replica", self._nonce, message.nonce, message.mac):
+                break
+        else:
             raise wire.WireError("the replica does not know the secret")
         _check_card(message.card)
-        self._write(wire.encode(wire.Prove(wire.prove(self._secret, "gateway", self._nonce, message.nonce))))
+        self._write(wire.encode(wire.Prove(wire.prove(secret, "gateway", self._nonce, message.nonce))))
         self._link = Link(
             message,
             self._owner,
@@ -138,7 +141,7 @@ def _check_card(card: ModelCard) -> None:
 async def dial(
     endpoint: str,
     *,
-    secret: bytes,
+    secrets: tuple[bytes, ...],
     gateway: str,
     owner: LinkOwner,
     clock: Callable[[], float],
@@ -154,7 +157,7 @@ async def dial(
     target = parse_endpoint(endpoint)
 
     def protocol() -> Connection:
-        return Connection(secret=secret, gateway=gateway, owner=owner, clock=clock, is_draining=is_draining)
+        return Connection(secrets=secrets, gateway=gateway, owner=owner, clock=clock, is_draining=is_draining)
 
     connection: Connection | None = None
     try:

@@ -41,7 +41,7 @@ class Dispatch:
         """Raises SettingsError when the secret is not hexadecimal."""
         self._settings = settings
         try:
-            self._secret = bytes.fromhex(settings.secret)
+            self._secrets = tuple(bytes.fromhex(secret) for secret in settings.secret.split(","))
         except ValueError:
             raise SettingsError("the engine secret must be hexadecimal") from None
         self._clock = clock
@@ -90,7 +90,7 @@ class Dispatch:
     async def _dial(self, replica: Replica) -> tuple[Connection, Link]:
         return await dial(
             replica.endpoint,
-            secret=self._secret,
+            secrets=self._secrets,
             gateway=self._settings.name,
             owner=self._placement,
             clock=self._clock,

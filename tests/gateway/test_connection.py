@@ -23,7 +23,7 @@ from tests.scripted import make_card
 async def connect(endpoint: str, *, secret: str = SECRET, timeout_s: float = 1.0) -> tuple[Connection, Link]:
     return await dial(
         endpoint,
-        secret=bytes.fromhex(secret),
+        secrets=tuple(bytes.fromhex(one) for one in secret.split(",")),
         gateway="gateway-0",
         owner=Owner(),
         clock=time.monotonic,
