@@ -54,15 +54,14 @@ class ExplainFailed(Exception):
 class Explainer:
     """Asks one server."""
 
-    def __init__(self, url: str, token_file: str = "", transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, token_file: str = "") -> None:
         """token_file: of the operator token, for a server on another machine. Raises SettingsError."""
-        headers = {}
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {}
         if token_file:
             secret = SecretFile(token_file)
             secret.check("--operator-token-file")
-            headers["authorization"] = f"Bearer {secret.read().decode(errors='replace')}"
-        self._url = url
-        self._client = httpx.Client(base_url=url, timeout=TIMEOUT, headers=headers, transport=transport)
+            self._headers["authorization"] = f"Bearer {secret.read().decode(errors='replace')}"
 
     def recent(self, limit: int = 20) -> dict[str, Any]:
         """Running requests and those that ended lately, newest first."""
@@ -74,8 +73,8 @@ class Explainer:
 
     def _get(self, path: str, query: Mapping[str, str]) -> dict[str, Any]:
         try:
-            response = self._client.get(path, params=query)
-        except httpx.HTTPError as error:
+            response = httpx.get(self._url + path, params=query, headers=self._headers, timeout=TIMEOUT)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ExplainFailed(f"{self._url} does not answer: {error}; is `argosy serve` running?") from None
         if response.status_code != 200:
             raise ExplainFailed(error_of(response))

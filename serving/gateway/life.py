@@ -236,7 +236,7 @@ class ChoiceLife:
     def preempted(self, now: float, num_tokens: int) -> None:
         """It has lost its row; `num_tokens` of it have to be computed again."""
         self._end_decode()
-        self.state = "prefill"
+        self.state, self._sent_at = "prefill", None
         self.num_preemptions += 1
         self._add(Event("preempted", now, now, {"tokens": num_tokens}))
 

@@ -38,6 +38,16 @@ class TestPromises(Promises):
 def test_a_killed_or_frozen_replica_costs_no_token(service: Service, blow: signal.Signals) -> None:
     kill_in_the_middle(service, MODEL, max_tokens=300, number=blow)
     service.wait_until_ready(30)
+    resumed = [entry for entry in service.http.get("/v1/requests?limit=16").json()["data"] if entry["num_resumes"]]
+    assert resumed, "the blow is in nobody's account"
+    for entry in resumed:
+        for choice in service.http.get(f"/v1/requests/{entry['id']}").json()["choices"]:
+            kinds = [event["kind"] for event in choice["events"]]
+            if "lost" in kinds:
+                assert kinds[kinds.index("lost") :].count("sent") >= 1
+                (lost,) = [event for event in choice["events"] if event["kind"] == "lost"]
+                assert lost["cause"] == ("lost" if blow is signal.SIGKILL else "stalled")
+                assert "resumed" in [event["cause"] for event in choice["events"] if event["kind"] == "gap"]
 
 
 def test_the_same_request_gives_the_same_bytes_alone_and_in_company(service: Service) -> None:

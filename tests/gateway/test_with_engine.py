@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 
 from serving.config import EngineSettings, GatewaySettings
+from serving.engine.blocks import BlockPool
 from serving.engine.server import ReplicaServer
 from serving.gateway.dispatch import Dispatch
 from serving.gateway.link import Cause
+from serving.gateway.streams import Choice
 from serving.types import NO_LOGPROBS
 from tests.faults import SECRET
 from tests.gateway.plane import Client, all_ready, run, until
@@ -117,6 +120,66 @@ def test_broken_connections_change_no_byte(servers: list[ReplicaServer]) -> None
                 await all_ready(dispatch)
 
     run(scenario())
+
+
+def test_the_account_of_every_choice_adds_up(tmp_path: Path) -> None:
+    """A cache too small for all, so that rows wait and are preempted; prompts that are cut into chunks."""
+    settings = EngineSettings(
+        model_dir=str(tiny_model_folder(tmp_path / "model")),
+        served_model_name="tiny",
+        max_model_len=256,
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        kv_cache_bytes=1 << 20,
+        num_threads=1,
+    )
+    server = ReplicaServer(
+        settings,
+        replica_id="replica-0",
+        secret=bytes.fromhex(SECRET),
+        listen=f"unix:{tmp_path}/s",
+        exits_on_failure=False,
+    )
+    server.start()
+    scheduler = server.core.scheduler
+    scheduler.pool = BlockPool(24)  # less than any size in bytes would give
+
+    async def scenario() -> list[Choice]:
+        async with connected([server]) as dispatch:
+            clients = make_clients(dispatch, seed=11, count=24)
+            for client in clients:
+                dispatch.submit(client.request)
+            for client in clients:
+                await client.done(60)
+            return [choice for client in clients for choice in client.request.choices]
+
+    try:
+        choices = asyncio.run(scenario())
+    finally:
+        server.close()
+    waits, preemptions = Counter[str](), 0
+    for choice in choices:
+        life = choice.life
+        life.end(max(event.until for event in life.events), "finished", {"reason": "length"})
+        assert life.num_events_left_out == 0
+        told = {kind: [event for event in life.events if event.kind == kind] for kind in KINDS}
+        assert sum(map(len, told.values())) == len(life.events), "a kind that nobody knows"
+        between = sum(int(event.detail.get("gaps", 1)) - 1 for event in told["gap"])
+        assert sum(int(event.detail["tokens"]) for event in told["decode"]) + between == len(choice.output_ids)
+        assert life.num_tokens == len(choice.output_ids)
+        assert [event.detail["cached_tokens"] for event in told["admitted"]] == [choice.cached_tokens]
+        computed = sum(int(event.detail["tokens"]) for event in told["chunk"])
+        if not life.num_preemptions:
+            assert 0 <= len(choice.prompt_ids) // 4 - (choice.cached_tokens or 0) - computed <= 2
+        waits.update(str(event.detail["why"]) for event in told["waited"])
+        preemptions += life.num_preemptions
+        starts = [event.at for event in sorted(life.events, key=lambda event: event.until)]
+        assert min(starts) == life.events[0].at
+    assert preemptions == scheduler.tally.num_preemptions > 0
+    assert waits["blocks"] and set(waits) <= {"slots", "blocks", "budget", "prefix"}
+
+
+KINDS = ("queued", "sent", "waited", "admitted", "chunk", "decode", "gap", "preempted", "finished")
 
 
 def test_the_engine_and_the_gateway_agree_on_files_and_permits(servers: list[ReplicaServer]) -> None:
