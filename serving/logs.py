@@ -31,6 +31,7 @@ MAX_FIELD_CHARS: Final = 256
 MAX_WAITING_LINES: Final = 1000
 CLOSE_S: Final = 1.0  # for what waits, at the end
 _MAX_FRAMES: Final = 30
+_MAX_NUMBER: Final = 1e18
 _MAX_CAUSES: Final = 4
 
 FIELDS: Final[Mapping[str, type]] = {
@@ -143,7 +144,8 @@ def encoded(
             else:
                 document[name] = redacted(_short(value), secrets)
         elif kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-            document[name] = value
+            if abs(value) < _MAX_NUMBER:  # neither infinite nor NaN: JSON has no word for them
+                document[name] = value
     line = json.dumps(document, ensure_ascii=True, allow_nan=False)
     while len(line) > MAX_LINE_BYTES:  # escapes take up to twelve bytes each
         longest = max(("message", "stack"), key=lambda name: len(str(document.get(name, ""))))
