@@ -154,10 +154,12 @@ def _sentence(fields: dict[str, Any]) -> str:
     times = ", ".join(
         f"{name} {fields[f'{name}_ms'] / 1000.0:.2f} s" for name in ("ttft", *_PARTS) if f"{name}_ms" in fields
     )
-    gap = f"; longest gap {fields['longest_gap_ms'] / 1000.0:.2f} s ({fields['longest_gap_cause']})"
+    gap = ""
+    if "longest_gap_ms" in fields:
+        gap = f"; longest gap {fields['longest_gap_ms'] / 1000.0:.2f} s ({fields['longest_gap_cause']})"
     return (
         f"request {fields['id'] or fields['request_id']} {fields['endpoint']}: {how} after "
         f"{fields['e2e_ms'] / 1000.0:.2f} s with {fields['prompt_tokens']} + {fields['completion_tokens']} tokens"
         + (f" ({times})" if times else "")
-        + (gap if "longest_gap_ms" in fields else "")
+        + gap
     )
