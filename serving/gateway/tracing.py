@@ -85,7 +85,7 @@ class Tracing:
             cast("SpanExporter", self._counted),
             max_queue_size=2 * MAX_WAITING_SPANS,  # never reached: `on_end` makes no spans that find no room
             schedule_delay_millis=1000 * DELAY_S,
-            max_export_batch_size=MAX_BATCH_SPANS,
+            max_export_batch_size=min(MAX_BATCH_SPANS, MAX_WAITING_SPANS),
         )
         provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(share)),
