@@ -157,19 +157,17 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def until(self, expression: str, timeout_s: float = 10.0) -> Any:
-        """Waits until it is true; its value."""
+    def until(self, expression: str, timeout_s: float = 10.0) -> None:
+        """Waits until it is true."""
         deadline = time.monotonic() + timeout_s
-        while not (value := self.value(expression)):
+        while not self.value(f"!!({expression})"):
             assert time.monotonic() < deadline, f"never true: {expression}; {self.problems}"
             time.sleep(0.03)
-        return value
 
     def text(self, selector: str) -> str:
-        found: str = self.until(f"document.querySelector({json.dumps(selector)})").__class__ and self.value(
-            f"document.querySelector({json.dumps(selector)}).textContent"
-        )
-        return found
+        """Text of the first element that the selector finds."""
+        text: str = self.value(f"document.querySelector({json.dumps(selector)}).textContent")
+        return text
 
     def press(self, *keys: str, ctrl: bool = False) -> None:
         """Key after key, as a person's keyboard sends them: one character or a name of `_KEYS`."""

@@ -3,13 +3,13 @@
 import { h, say, set, svg } from "./dom.js";
 import { NONE } from "./format.js";
 
-export const SPAN_S = 300;
+const SPANS_S = [60, 120, 300, 600]; // the shortest that shows all samples
 const BREAK_S = 3.5; // a longer silence between two samples is a hole in the line
 const HEIGHT = 150;
 const PAD = { left: 52, right: 10, top: 8, bottom: 20 };
 
-/** Of all charts: seconds before now that the reader points at, null = nowhere. */
-const cursor = { ago: null, charts: new Set() };
+/** Of all charts: seconds before now that the reader points at (null = nowhere), and how far back they go. */
+const cursor = { ago: null, span_s: SPANS_S[0], charts: new Set() };
 
 function point(ago) {
   cursor.ago = ago;
@@ -64,15 +64,15 @@ export class Chart {
 
   #ago(event) {
     const x = event.clientX - this.picture.getBoundingClientRect().left;
-    return Math.min(Math.max(1 - (x - PAD.left) / this.#inner(), 0), 1) * SPAN_S;
+    return Math.min(Math.max(1 - (x - PAD.left) / this.#inner(), 0), 1) * cursor.span_s;
   }
 
   #key(event) {
-    const step = { ArrowLeft: 1, ArrowRight: -1, Home: SPAN_S, End: -SPAN_S }[event.key];
+    const step = { ArrowLeft: 1, ArrowRight: -1, Home: cursor.span_s, End: -cursor.span_s }[event.key];
     if (step === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
     event.stopPropagation();
-    point(Math.min(Math.max((cursor.ago ?? 0) + step, 0), SPAN_S));
+    point(Math.min(Math.max((cursor.ago ?? 0) + step, 0), cursor.span_s));
   }
 
   #inner = () => this.width - PAD.left - PAD.right;
@@ -80,11 +80,13 @@ export class Chart {
   draw() {
     if (!this.node.isConnected || this.node.closest("[hidden]")) return;
     const now = this.samples.at(-1)?.at ?? 0;
-    const shown = this.samples.filter((sample) => now - sample.at <= SPAN_S);
+    const age_s = now - (this.samples[0]?.at ?? now);
+    cursor.span_s = SPANS_S.find((span) => span >= age_s) ?? SPANS_S.at(-1);
+    const shown = this.samples.filter((sample) => now - sample.at <= cursor.span_s);
     const rows = this.lines.map((line) => shown.map(line.read));
     const top = rows.flat().reduce((most, value) => Math.max(most, value ?? 0), this.least);
     const marks = ticks(top);
-    const x = (at) => PAD.left + (1 - (now - at) / SPAN_S) * this.#inner();
+    const x = (at) => PAD.left + (1 - (now - at) / cursor.span_s) * this.#inner();
     const y = (value) => HEIGHT - PAD.bottom - (value / marks.at(-1)) * (HEIGHT - PAD.bottom - PAD.top);
     this.#drawFrame(marks, y);
     this.paths.forEach((path, at) => set(path, "d", outline(shown, rows[at], x, y)));
@@ -93,15 +95,16 @@ export class Chart {
   }
 
   #drawFrame(marks, y) {
-    const key = `${this.width} ${marks}`;
+    const span = cursor.span_s;
+    const key = `${this.width} ${span} ${marks}`;
     if (key === this.frameKey) return;
     this.frameKey = key;
-    const minutes = [1, 2, 3, 4];
+    const agos = [1, 2, 3, 4].map((part) => (part * span) / 5);
     const right = this.width - PAD.right;
     this.frame.replaceChildren(
       ...marks.map((mark) => svg("line", { class: "grid", x1: PAD.left, x2: right, y1: y(mark), y2: y(mark) })),
       ...marks.map((mark) => svg("text", { x: PAD.left - 6, y: y(mark) + 4, "text-anchor": "end" }, this.format(mark))),
-      ...minutes.map((ago) => svg("text", { x: right - (ago * 60 / SPAN_S) * this.#inner(), y: HEIGHT - 4, "text-anchor": "middle" }, `−${ago} min`)),
+      ...agos.map((ago) => svg("text", { x: right - (ago / span) * this.#inner(), y: HEIGHT - 4, "text-anchor": "middle" }, ago % 60 ? `−${ago} s` : `−${ago / 60} min`)),
       svg("text", { x: right, y: HEIGHT - 4, "text-anchor": "end" }, "now"),
     );
   }

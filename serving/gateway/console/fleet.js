@@ -109,7 +109,7 @@ class Card {
     say(this.name, replica.id);
     say(this.badge, WORDS[word]);
     set(this.badge, "class", `badge ${word}`);
-    say(this.model, replica.model ? `${replica.model} · epoch ${figure(replica.epoch).slice(-6)}` : "");
+    say(this.model, replica.model ? [replica.model, card?.dtype, card?.determinism].filter(Boolean).join(" · ") : "");
     const isDown = replica.state === "down";
     const lately = Date.now() / 1000 - since;
     say(this.cause, isDown ? `${replica.error || "no connection"} · for ${lasting(lately)}` : word === "late" ? `no beat for ${seconds(replica.beat_age_s)}` : "");

@@ -10,6 +10,9 @@ const NUMBERS = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "f
 const MAX_TURNS = 200; // of a chat that are kept on the page
 const PATHS = { chat: "v1/chat/completions", completion: "v1/completions" };
 
+/** What is no number goes to the server as it was typed: its word on it counts. */
+const numberOr = (text) => (Number.isFinite(Number(text)) ? Number(text) : text);
+
 export class Playground {
   constructor() {
     this.form = find("ask");
@@ -23,7 +26,7 @@ export class Playground {
     this.form.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
       event.preventDefault();
-      if (!this.running && this.form.reportValidity()) this.send();
+      this.send();
     });
     this.form.addEventListener("input", () => this.#showCurl());
     this.form.addEventListener("change", () => this.#showKind());
@@ -31,6 +34,7 @@ export class Playground {
     find("fresh").addEventListener("click", () => this.#clear());
     find("copy").addEventListener("click", () => this.#copy());
     fillLegend(find("legend"));
+    find("parameters").open = matchMedia("(min-width: 1000px)").matches;
     this.#measure({});
     this.#showKind();
   }
@@ -63,13 +67,13 @@ export class Playground {
       const system = text("system") ? [{ role: "system", content: text("system") }] : [];
       body.messages = [...system, ...this.turns, { role: "user", content: text("prompt") }];
     } else body.prompt = text("prompt");
-    for (const name of NUMBERS) if (text(name) !== "") body[name] = Number(text(name));
+    for (const name of NUMBERS) if (text(name).trim() !== "") body[name] = numberOr(text(name));
     const stop = text("stop").split("\n").filter(Boolean);
     if (stop.length) body.stop = stop;
     if (given.has("ignore_eos")) body.ignore_eos = true;
-    const logprobs = text("logprobs");
-    if (logprobs !== "" && this.kind === "chat") Object.assign(body, { logprobs: true, top_logprobs: Number(logprobs) });
-    else if (logprobs !== "") body.logprobs = Number(logprobs);
+    const logprobs = text("logprobs").trim();
+    if (logprobs && this.kind === "chat") Object.assign(body, { logprobs: true, top_logprobs: numberOr(logprobs) });
+    else if (logprobs) body.logprobs = numberOr(logprobs);
     if (isStream) Object.assign(body, { stream: true, stream_options: { include_usage: true } });
     const seed = text("seed").trim();
     if (!seed) return JSON.stringify(body);
@@ -124,7 +128,7 @@ export class Playground {
     for (const field of this.form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
     find("send").disabled = true;
     find("stop").disabled = false;
-    find("legend").hidden = this.form.elements.logprobs.value === "";
+    find("legend").hidden = this.form.elements.logprobs.value.trim() === "";
     run.link = h("span", { class: "note" });
     run.choices = h("div", { "aria-busy": "true" });
     run.node = h("article", { class: "turn" }, h("p", { class: "asked" }, h("b", {}, isChat ? "user" : "prompt"), " ", h("span", {}, prompt)), run.choices, run.link);
@@ -172,9 +176,9 @@ export class Playground {
     const speed = tokens > 1 && spent > 0 ? (tokens - 1) / spent : NaN;
     const until = ended || began === undefined ? last : performance.now();
     this.tiles([
-      ["First token", first === undefined ? NONE : seconds((first - began) / 1000), "from the send, in this browser"],
+      ["First token", first === undefined ? NONE : seconds((first - began) / 1000), "from the send"],
       ["Speed", figure(speed), "tokens/s after the first"],
-      ["Tokens", tokens === undefined ? NONE : figure(tokens), usage ? `of ${figure(usage.prompt_tokens)} prompt tokens, ${figure(usage.prompt_tokens_details?.cached_tokens ?? 0)} cached` : "so far"],
+      ["Tokens", tokens === undefined ? NONE : figure(tokens), usage ? `after ${figure(usage.prompt_tokens)} of prompt, ${figure(usage.prompt_tokens_details?.cached_tokens ?? 0)} cached` : "so far"],
       ["Longest gap", longest ? seconds(longest / 1000) : NONE, "between two arrivals"],
       ["In all", began === undefined || until === undefined ? NONE : seconds((until - began) / 1000), ended ?? (began === undefined ? "" : "running")],
     ]);
@@ -195,13 +199,15 @@ export class Playground {
   }
 
   #fail(run, error) {
-    const box = find("run-error");
+    const told = find("run-error");
     const facts = error instanceof ServerError ? [`HTTP ${error.status}`, error.type, error.code && `code ${error.code}`, error.param && `parameter ${error.param}`].filter(Boolean) : [error.name];
-    box.replaceChildren(h("strong", {}, run.first === undefined ? "Refused or failed. " : "The stream failed. "), h("span", {}, error.message), h("span", { class: "muted" }, ` ${facts.join(" · ")}`));
-    box.hidden = false;
+    told.replaceChildren(h("strong", {}, run.first === undefined ? "Refused or failed. " : "The stream failed. "), h("span", {}, error.message), h("span", { class: "muted" }, ` ${facts.join(" · ")}`));
+    told.hidden = false;
     const field = error.param && this.form.elements[{ messages: "prompt", top_logprobs: "logprobs", max_completion_tokens: "max_tokens" }[error.param] ?? error.param];
     if (field instanceof HTMLElement) {
       field.setAttribute("aria-invalid", "true");
+      const box = field.closest("details");
+      if (box) box.open = true;
       field.focus();
     }
     if (!run.id && run.request) this.#name(run, run.request);

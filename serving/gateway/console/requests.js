@@ -13,6 +13,8 @@ const ENDED = new Set(["finished", "failed", "cancelled", "refused"]);
 /** What is refused before it was admitted has no id of its own, but the id of its HTTP request. */
 const nameOf = (entry) => entry.id || entry.request_id;
 
+const kindOf = ({ endpoint, stream, n }) => `${endpoint.includes("chat") ? "chat" : "completion"}${stream ? " stream" : ""}${n > 1 ? ` ×${n}` : ""}`;
+
 export class Requests {
   constructor() {
     this.rows = new Keyed(find("requests").tBodies[0], (id) => new Row(id));
@@ -120,10 +122,9 @@ class Row {
   constructor(id) {
     this.link = h("a", { href: `#requests/${encodeURIComponent(id)}`, tabindex: -1, data: { id } }, id);
     this.state = h("span", { class: "badge" });
-    this.given = h("span", { class: "note" });
     const cell = (kind = "") => h("td", { class: kind });
-    this.cells = [cell("wide"), cell("wide"), cell(), cell("n"), cell("n"), cell("n wide"), cell("n"), cell("n wide"), cell("n"), cell("n wide")];
-    this.node = h("tr", { on: { click: (event) => this.#click(event) } }, h("th", { scope: "row" }, this.link, this.given), h("td", {}, this.state), this.cells);
+    this.cells = [cell("wide"), cell("wide"), cell("wide"), cell(), cell("n"), cell("n"), cell("n wide"), cell("n"), cell("n wide"), cell("n"), cell("n wide")];
+    this.node = h("tr", { on: { click: (event) => this.#click(event) } }, h("th", { scope: "row" }, this.link), h("td", {}, this.state), this.cells);
   }
 
   #click(event) {
@@ -134,9 +135,8 @@ class Row {
     say(this.state, entry.error_code ? `${entry.state}: ${entry.error_code}` : entry.state);
     set(this.state, "class", `badge ${entry.state}`);
     set(this.node, "class", ENDED.has(entry.state) ? "ended" : "running");
-    say(this.given, `${entry.endpoint}${entry.stream ? " stream" : ""}${entry.n > 1 ? ` n=${entry.n}` : ""}`);
     const values = [
-      entry.model, entry.replica ?? NONE, clock(entry.arrived_at), seconds(entry.elapsed_s), seconds(entry.time_to_first_token_s),
+      kindOf(entry), entry.model, entry.replica, clock(entry.arrived_at), seconds(entry.elapsed_s), seconds(entry.time_to_first_token_s),
       seconds(entry.longest_gap_s), figure(entry.prompt_tokens), figure(entry.cached_tokens), figure(entry.completion_tokens), figure(entry.num_resumes),
     ];
     values.forEach((value, at) => say(this.cells[at], value || NONE));

@@ -120,7 +120,7 @@ export class Timeline {
     const whole = account.elapsed_s || 1;
     const parts = PARTS.map(([key, kind, name]) => [kind, name, account.summary[key]]).filter(([, , took]) => typeof took === "number" && took > 0);
     const rest = whole - parts.reduce((total, [, , took]) => total + took, 0);
-    if (rest > 0.005 * whole) parts.push(["rest", "between and after", rest]);
+    if (rest > 0.005 * whole) parts.push(["rest", "the rest", rest]);
     this.parts.replaceChildren(h("section", { class: "panel" }, h("h3", {}, "Where the time went"),
       h("div", { class: "stack", "aria-hidden": "true" }, parts.map(([kind, , took]) => h("i", { class: `k ${kind}`, style: { "flex-grow": String(took) } }))),
       h("p", { class: "legend" }, parts.map(([kind, name, took]) => h("span", {}, h("i", { class: `k ${kind}` }), `${name} `, h("b", {}, seconds(took)), h("span", { class: "muted" }, ` ${Math.round((100 * took) / whole)} %`))))));

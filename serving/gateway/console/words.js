@@ -32,6 +32,8 @@ const cached = (count) => (count ? `${plural(count, "token")} of it were in the 
 const KINDS = {
   received: () => ["▾", "received", "The head of the request arrived."],
   read: () => ["", "read", "Its body was read and checked."],
+  model: () => ["", "model", "Until a replica of the model had been seen."],
+  tokenizer: () => ["", "tokenizer", "Until the model's tokenizer had been loaded."],
   tokenised: (event) => ["", "tokenised", `The prompt became ${plural(event.tokens, "token")}.`],
   queued: (event) => ["", "queued", `In the gateway's queue: ${QUEUED[event.why] ?? event.why}; position ${figure(event.position)}, behind ${plural(event.tokens_ahead, "token")}.`],
   sent: (event) => ["→", "sent", `Given to ${event.replica}${event.resumed_tokens ? `, with ${plural(event.resumed_tokens, "token")} that it had already` : ""}.`],
