@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from k8s import engine, gateway, monitoring, policy
+from k8s import autoscale, balloons, engine, gateway, gcs, gpu_health, loadtest, monitoring, policy, weights_pvc
 from k8s.objects import Object
-from k8s.patches import Key, key_of, keyed
+from k8s.patches import Key, keyed
 from k8s.sizing import Sizing
 from k8s.spec import ServingSpec
 
@@ -22,7 +22,15 @@ PARTS: Final = {
 }
 """Folder of k8s/base -> what stands in it."""
 
-COMPONENTS: Final[dict[str, Alteration]] = {}
+COMPONENTS: Final[dict[str, Alteration]] = {
+    "autoscale-ray": autoscale.alter,
+    "gcs-rocksdb": gcs.alter,
+    "weights-pvc": weights_pvc.alter,
+    "balloons": balloons.alter,  # copies what a worker asks for
+    "gpu-health": gpu_health.alter,
+    "loadtest": loadtest.alter,
+}
+"""In the order in which they are applied."""
 
 
 def objects_by_part(spec: ServingSpec) -> dict[str, list[Object]]:
@@ -37,9 +45,7 @@ def objects(spec: ServingSpec) -> dict[Key, Object]:
     Raises SpecError when the spec's numbers do not fit each other.
     """
     found = keyed(thing for things in objects_by_part(spec).values() for thing in things)
-    for name in spec.components:
-        COMPONENTS[name](Sizing(spec), found)
+    for name, alter in COMPONENTS.items():
+        if spec.has(name):
+            alter(Sizing(spec), found)
     return dict(sorted(found.items()))
-
-
-__all__ = ["COMPONENTS", "PARTS", "Alteration", "key_of", "objects", "objects_by_part"]

@@ -24,7 +24,6 @@ from k8s.objects import (
     engine_secret,
     gpu_tolerations,
     http_probe,
-    hub_secret,
     labels,
     memory_volume,
     metadata,
@@ -38,7 +37,7 @@ from k8s.objects import (
 )
 from k8s.settings import model_config_map
 from k8s.sizing import HEAD_BYTES, OBJECT_STORE_BYTES, STARTUP_PERIOD_S, Sizing
-from k8s.weights import fetch_container
+from k8s.weights import fetch_container, fetch_volumes
 from k8s.yaml_text import dump
 
 RAY_VERSION: Final = "2.60.0"
@@ -197,9 +196,8 @@ def _worker_group(sizing: Sizing) -> Object:
             memory_volume("shm", quantity(sizing.shm_bytes)),
             scratch_volume("tmp", "16Gi"),
             scratch_volume("models", quantity(sizing.weights_volume_bytes)),
-            {"configMap": {"name": model_config_map(sizing)["metadata"]["name"]}, "name": "model"},
             {"name": "engine-secret", "secret": {"defaultMode": 0o440, "secretName": engine_secret(spec)}},
-            {"name": "hub-secret", "secret": {"defaultMode": 0o440, "optional": True, "secretName": hub_secret(spec)}},
+            *fetch_volumes(sizing),
         ],
         **placed,
     )

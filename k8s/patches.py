@@ -56,7 +56,7 @@ def change(before: dict[Key, Object], after: dict[Key, Object]) -> Change:
 
 
 def difference(before: Any, after: Any, path: str = "") -> list[Operation]:
-    """Operations that turn `before` into `after`. Lists of one length are compared item by item."""
+    """Operations that turn `before` into `after`. Lists are compared item by item where they tell the same things."""
     if before == after:
         return []
     if isinstance(before, dict) and isinstance(after, dict):
@@ -70,11 +70,21 @@ def difference(before: Any, after: Any, path: str = "") -> list[Operation]:
             else:
                 found += difference(before[name], after[name], where)
         return found
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [
-            step for i, pair in enumerate(zip(before, after, strict=True)) for step in difference(*pair, f"{path}/{i}")
-        ]
+    if isinstance(before, list) and isinstance(after, list) and _are_aligned(before, after):
+        pairs = enumerate(zip(before, after, strict=False))
+        found = [step for i, pair in pairs for step in difference(*pair, f"{path}/{i}")]
+        found += [{"op": "remove", "path": f"{path}/{i}"} for i in reversed(range(len(after), len(before)))]
+        more = range(len(before), len(after))
+        return found + [{"op": "add", "path": f"{path}/{i}", "value": after[i]} for i in more]
     return [{"op": "replace", "path": path, "value": after}]
+
+
+def _are_aligned(before: list[Any], after: list[Any]) -> bool:
+    """Whether items at one place belong together: lists of one length, or named items of which one list has more."""
+    if len(before) == len(after):
+        return True
+    names = [[item.get("name") if isinstance(item, dict) else None for item in items] for items in (before, after)]
+    return all(a is not None and a == b for a, b in zip(*names, strict=False))
 
 
 def _apply(thing: Any, operation: Operation) -> None:
@@ -84,5 +94,7 @@ def _apply(thing: Any, operation: Operation) -> None:
     where = int(last) if isinstance(thing, list) else last
     if operation["op"] == "remove":
         del thing[where]
+    elif operation["op"] == "add" and isinstance(thing, list):
+        thing.insert(int(where), copy.deepcopy(operation["value"]))
     else:
         thing[where] = copy.deepcopy(operation["value"])

@@ -111,7 +111,13 @@ def _probes(name: str) -> tuple[ServingSpec, ServingSpec]:
         small,
         namespace=small.namespace,
         engine=dataclasses.replace(
-            small.engine, device="cuda", tensor_parallel_size=8, gpu_memory_bytes=80 << 30, max_num_seqs=64
+            small.engine,
+            device="cuda",
+            tensor_parallel_size=8,
+            gpu_memory_bytes=80 << 30,
+            max_num_seqs=64,
+            min_replicas=2,
+            max_replicas=2,
         ),
         images=dataclasses.replace(small.images, engine="example/engine:1", gateway="example/gateway:1"),
     )

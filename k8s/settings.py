@@ -26,7 +26,12 @@ def gateway_settings(sizing: Sizing) -> dict[str, object]:
 def model_settings(sizing: Sizing) -> dict[str, str]:
     """Variables of whoever runs `argosy pull`."""
     model = sizing.spec.model
-    settings = {"ARGOSY_STORE": MODELS_PATH, "MODEL": model.source, "MODEL_DIR": model_dir(sizing)}
+    settings = {
+        "ARGOSY_STORE": MODELS_PATH,
+        "FETCH_DEADLINE_S": str(sizing.fetch_deadline_s),
+        "MODEL": model.source,
+        "MODEL_DIR": model_dir(sizing),
+    }
     return settings | ({"QUANTIZATION": model.quantization} if model.quantization == "int4" else {})
 
 

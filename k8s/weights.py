@@ -8,6 +8,7 @@ from k8s.objects import (
     PULL_POLICY,
     Object,
     container_security,
+    hub_secret,
 )
 from k8s.settings import model_config_map
 from k8s.sizing import Sizing
@@ -47,3 +48,12 @@ def fetch_container(sizing: Sizing) -> Object:
             {"mountPath": "/tmp", "name": "tmp"},
         ],
     }
+
+
+def fetch_volumes(sizing: Sizing) -> list[Object]:
+    """What `fetch_container` reads: the model's settings, and a hub's token where there is one."""
+    secret = {"defaultMode": 0o440, "optional": True, "secretName": hub_secret(sizing.spec)}
+    return [
+        {"configMap": {"name": model_config_map(sizing)["metadata"]["name"]}, "name": "model"},
+        {"name": "hub-secret", "secret": secret},
+    ]
