@@ -141,7 +141,7 @@ class Exchange:
             self._dispatcher.cancel(choice)
         reason = rendering.continuation.finish_reason or "unknown"
         self.meter.on_choice_end(reason, choice.num_resumes)
-        choice.life.end(self._time(), "finished", {"reason": reason})
+        choice.life.end(self._time(), "finished", {"reason": reason, "tokens": rendering.continuation.num_tokens})
 
     def close(self, is_disconnect: bool, failure: ArgosyError | None = None) -> None:
         """Measure the request's end and close the account of its life. Idempotent.

@@ -98,13 +98,16 @@ def status_of(life: Life) -> int:
 
 
 def usage_of(life: Life) -> tuple[int, int, int]:
-    """(prompt, completion, cached) tokens as the reply's usage counts them: a prompt once, however many choices
-    continue it (usage.py)."""
-    cached = 0
+    """(prompt, completion, cached) tokens as the reply's usage counts them (usage.py): a prompt once, however many
+    choices continue it, and of a choice what was rendered, not what came beyond a stop string."""
+    completion = cached = 0
+    for choice in life.choices:
+        told = choice.events[-1].detail.get("tokens") if choice.state == "finished" else None
+        completion += choice.num_tokens if told is None else int(told)
     for choice in life.choices[:: max(life.n, 1)]:
         admitted = next((event for event in choice.events if event.kind == "admitted"), None)
         cached += int(admitted.detail["cached_tokens"]) if admitted is not None else 0
-    return life.num_prompt_tokens // max(life.n, 1), life.num_tokens, cached
+    return life.num_prompt_tokens // max(life.n, 1), completion, cached
 
 
 def fields_of(life: Life) -> dict[str, Any]:

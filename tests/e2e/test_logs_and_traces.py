@@ -60,10 +60,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         with serving(folder, *flags, *asked, "--kv-cache-bytes", "64MiB") as service:
             secrets = [path.read_bytes() for path in Path(tempfile.gettempdir()).glob("argosy-*/secret")]
             usages = {name: ask(service, name, **body) for name, body in BODIES.items()}
+            usages["stopped"] = ask(service, "stopped", prompt=CANARY, max_tokens=60, stop=[a_stop(service)])
             be_hostile(service)
             usages["resumed"] = kill_under_a_stream(service)
             service.wait_until_ready(30)
-            collector.wait_for(lambda: len(collector.roots()) == len(usages) + 4)
+            collector.wait_for(lambda: len(collector.roots()) == len(usages) + 5)
             kill_the_gateway(service)
             usages["last"] = ask(service, "last", prompt=CANARY)  # told by the end of the service
         return Ran((folder / "serve.log").read_bytes(), collector, secrets, usages)
@@ -85,6 +86,13 @@ def ask(service: Service, name: str, **body: Any) -> dict[str, Any]:
     assert reply.status_code == 200, reply.text
     usage: dict[str, Any] = reply.json()["usage"]
     return usage
+
+
+def a_stop(service: Service) -> str:
+    """Two characters of an output's middle: the engine is some tokens ahead when they are seen."""
+    body = {"model": MODEL, "prompt": CANARY, "max_tokens": 60, "ignore_eos": True, "temperature": 0}
+    text: str = service.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    return text[20:22]
 
 
 def be_hostile(service: Service) -> None:
@@ -168,7 +176,11 @@ def test_every_request_has_a_line_that_agrees_with_its_usage(ran: Ran) -> None:
             usage["completion_tokens"],
         )
         assert line["cached_tokens"] == usage["prompt_tokens_details"]["cached_tokens"], name
-        assert line["trace_id"] == TRACE and line["finish_reason"] == "length" and line["replica"].startswith("local-")
+        assert (
+            line["trace_id"] == TRACE
+            and line["finish_reason"] == ("stop" if name == "stopped" else "length")
+            and line["replica"].startswith("local-")
+        )
         assert 0 <= line["queue_ms"] + line["prefill_ms"] <= line["ttft_ms"] + 0.01
         assert line["ttft_ms"] + line["decode_ms"] <= line["e2e_ms"] + 0.01
     assert requests["resumed"]["resumes"] == 1 and requests["again"]["cached_tokens"] > 0
