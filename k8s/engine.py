@@ -62,9 +62,10 @@ def objects(sizing: Sizing) -> list[Object]:
         service_account(spec, name_of(spec, "worker"), WORKER),
         model_config_map(sizing),
         _ray_service(sizing),
-        _disruption_budget(sizing, HEAD, "head", 1),
-        # A gang lives and dies whole: a replica's hosts may leave together.
-        _disruption_budget(sizing, WORKER, "worker", sizing.hosts_per_replica),
+        # One head: a budget can let it go or block its node for ever.
+        _disruption_budget(sizing, HEAD, "head", 0),
+        # A gang lives and dies whole: the hosts of one replica may leave together.
+        _disruption_budget(sizing, WORKER, "worker", max(0, spec.engine.min_replicas - 1) * sizing.hosts_per_replica),
     ]
 
 
@@ -249,14 +250,16 @@ def _directory_group(sizing: Sizing) -> Object:
     }
 
 
-def _disruption_budget(sizing: Sizing, component: str, suffix: str, max_unavailable: int) -> Object:
+def _disruption_budget(sizing: Sizing, component: str, suffix: str, min_available: int) -> Object:
+    """A number that stays, since maxUnavailable asks a pod's owner for its scale: a RayCluster has none to tell, and
+    then no pod may ever be evicted."""
     spec = sizing.spec
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": metadata(spec, name_of(spec, suffix), component),
         "spec": {
-            "maxUnavailable": max_unavailable,
+            "minAvailable": min_available,
             "selector": {"matchLabels": selector(spec, component)},
             "unhealthyPodEvictionPolicy": "AlwaysAllow",
         },
