@@ -20,7 +20,7 @@ import numpy as np
 import uvloop
 
 from serving import wire
-from serving.types import FinishReason, ModelCard, RankState
+from serving.types import FinishReason, ModelCard, RankState, StepRecord
 
 BEAT_S = 0.1
 
@@ -152,7 +152,18 @@ class GatewayPeer(asyncio.Protocol):
         finished = [(handle, int(FinishReason.LENGTH), -1) for handle in ends]
         tokens = self._replica.tokens(self._handles, number)
         self._is_changed = bool(ends)
-        self._send(wire.Step(number, tokens, finished, admitted, [], self._granted()))
+        record = StepRecord(
+            started_s=time.monotonic(),
+            duration_s=0.0,
+            announced_s=0.02,
+            ideal_s=0.01,
+            num_rows=len(self._handles),
+            num_prefill_tokens=0,
+            num_decode_tokens=len(self._handles),
+            num_waiting=0,
+            blocks_used=0,
+        )
+        self._send(wire.Step(number, tokens, finished, admitted, [], self._granted(), record))
 
     def beat(self, step: int) -> None:
         settings = self._replica.settings
