@@ -297,7 +297,8 @@ class Cluster:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
         raise DeadlineError(
-            f"{action}: no answer from {self.address} within {self.timeout_s:g} s ({last}); --request-timeout allows more"
+            f"{action}: no answer from {self.address} within {self.timeout_s:g} s ({last}); "
+            "--request-timeout allows more"
         )
 
     def _send(

@@ -1,0 +1,559 @@
+"""An API server for the tests of `argosy k8s`: kmock's emulator over HTTP, with what kmock leaves out.
+
+kmock keeps objects and serves them. Added here, as the real server does it: server-side apply with owners of fields and
+conflicts, dry runs, JSON patches, selectors, versions that count up, watches that miss nothing, the eviction API with
+PodDisruptionBudgets, exec, and faults on demand (a status, a delay, an expired watch).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import copy
+import dataclasses
+import datetime
+import fnmatch
+import itertools
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp.web
+import jsonpatch
+import kmock
+import yaml
+
+Object = dict[str, Any]
+Exec = Callable[[str, str, list[str]], tuple[int, str]]
+"""(pod, container, command) -> (exit code, what it prints)."""
+
+PLURALS = {
+    "Namespace": "v1/namespaces",
+    "Node": "v1/nodes",
+    "Pod": "v1/pods",
+    "Event": "v1/events",
+    "Secret": "v1/secrets",
+    "ConfigMap": "v1/configmaps",
+    "Service": "v1/services",
+    "ServiceAccount": "v1/serviceaccounts",
+    "PersistentVolumeClaim": "v1/persistentvolumeclaims",
+    "ResourceQuota": "v1/resourcequotas",
+    "LimitRange": "v1/limitranges",
+    "Deployment": "apps/v1/deployments",
+    "DaemonSet": "apps/v1/daemonsets",
+    "Job": "batch/v1/jobs",
+    "HorizontalPodAutoscaler": "autoscaling/v2/horizontalpodautoscalers",
+    "PodDisruptionBudget": "policy/v1/poddisruptionbudgets",
+    "NetworkPolicy": "networking.k8s.io/v1/networkpolicies",
+    "PriorityClass": "scheduling.k8s.io/v1/priorityclasses",
+    "StorageClass": "storage.k8s.io/v1/storageclasses",
+    "ClusterRole": "rbac.authorization.k8s.io/v1/clusterroles",
+    "ClusterRoleBinding": "rbac.authorization.k8s.io/v1/clusterrolebindings",
+    "EndpointSlice": "discovery.k8s.io/v1/endpointslices",
+    "CustomResourceDefinition": "apiextensions.k8s.io/v1/customresourcedefinitions",
+    "APIService": "apiregistration.k8s.io/v1/apiservices",
+    "RayService": "ray.io/v1/rayservices",
+    "RayCluster": "ray.io/v1/rayclusters",
+    "ScaledObject": "keda.sh/v1alpha1/scaledobjects",
+    "ServiceMonitor": "monitoring.coreos.com/v1/servicemonitors",
+    "PodMonitor": "monitoring.coreos.com/v1/podmonitors",
+    "PrometheusRule": "monitoring.coreos.com/v1/prometheusrules",
+}
+CLUSTER_SCOPED = (
+    "APIService",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "CustomResourceDefinition",
+    "Namespace",
+    "Node",
+    "PriorityClass",
+    "StorageClass",
+)
+VERSION = "v1.36.2"
+
+
+@dataclasses.dataclass(slots=True)
+class Fault:
+    """What happens to requests whose "METHOD path" fits a pattern of shell wildcards."""
+
+    pattern: str
+    status: int = 0
+    delay_s: float = 0.0
+    times: int = 1_000_000
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    message: str = ""
+
+
+class _Fan:
+    """In the place of kmock's bus, which forgets what happens between a list and its watch."""
+
+    def __init__(self) -> None:
+        self.queues: set[asyncio.Queue[Object | None]] = set()
+
+    async def put(self, event: Object) -> None:
+        for queue in self.queues:
+            queue.put_nowait(event)
+
+
+class ApiServer(kmock.KubernetesEmulator):
+    """Runs in a thread of its own; every method may be called from any other."""
+
+    @classmethod
+    def make(cls) -> ApiServer:
+        server = cls()
+        object.__setattr__(server, "state", State())
+        server._buses = collections.defaultdict(_Fan)  # type: ignore[assignment]
+        for plural in PLURALS.values():
+            server.resources[plural] = {}
+        return server
+
+    # attrs classes have slots, and kmock's subclasses may not: what is ours is kept apart.
+    state: State
+
+    async def __call__(self, raw_request: aiohttp.web.BaseRequest) -> aiohttp.web.StreamResponse:
+        line = f"{raw_request.method} {raw_request.path}"
+        self.state.calls.append(line + (f"?{raw_request.query_string}" if raw_request.query_string else ""))
+        for fault in self.state.faults:
+            if fault.times > 0 and fnmatch.fnmatchcase(line, fault.pattern):
+                fault.times -= 1
+                await asyncio.sleep(fault.delay_s)
+                if fault.status:
+                    return _status(fault.status, fault.message or "injected", fault.headers)
+        if raw_request.path.endswith("/exec"):
+            return await self._exec(raw_request)
+        if raw_request.path.endswith("/selfsubjectaccessreviews"):
+            return self._review(await raw_request.json())
+        if raw_request.path == "/version":
+            return aiohttp.web.json_response({"gitVersion": self.state.version})
+        if "/proxy/" in raw_request.path:
+            return self._proxy(raw_request.path)
+        return await super().__call__(raw_request)
+
+    async def _handle(self, request: Any) -> aiohttp.web.StreamResponse:
+        if request.resource is None or str(_plural(request)) not in PLURALS.values():
+            return _status(404, "the server could not find the requested resource")
+        if _plural(request) in self.state.absent:
+            return _status(404, "the server could not find the requested resource")
+        method = request.method.value
+        if method == "POST" and request.subresource == "eviction":
+            return self._evict(request)
+        if method == "PATCH":
+            return self._patch(request)
+        if method == "POST":
+            return self._create(request)
+        if method == "DELETE" and request.name:
+            return self._delete(request)
+        return await super()._handle(request)
+
+    # --- the store ----------------------------------------------------------------------------
+
+    def store(self, thing: Object, event: str = "") -> Object:
+        """Put an object as it is, as a controller would. Only in the server's thread."""
+        key = _key(thing)
+        old = self.find(thing["kind"], thing["metadata"]["name"], thing["metadata"].get("namespace", ""))
+        thing = copy.deepcopy(thing)
+        metadata = thing["metadata"]
+        metadata["resourceVersion"] = str(next(self.state.versions))
+        metadata.setdefault("uid", f"uid-{metadata['resourceVersion']}")
+        metadata.setdefault("creationTimestamp", _now())
+        spec_changed = old is None or old.get("spec") != thing.get("spec")
+        metadata["generation"] = (old or {}).get("metadata", {}).get("generation", 0) + (1 if spec_changed else 0)
+        self.objects[key] = thing
+        self._tell(event or ("MODIFIED" if old else "ADDED"), thing)
+        return thing
+
+    def drop(self, thing: Object) -> None:
+        """Take an object away. Only in the server's thread."""
+        with contextlib.suppress(KeyError):
+            del self.objects[_key(thing)]
+            self._tell("DELETED", thing)
+
+    def find(self, kind: str, name: str, namespace: str = "") -> Object | None:
+        try:
+            found = self.objects[PLURALS[kind], namespace or None, name]
+        except KeyError:
+            return None
+        return None if found.deleted else copy.deepcopy(found.raw)
+
+    def all(self, kind: str, namespace: str | None = None) -> list[Object]:
+        wanted = PLURALS[kind]
+        return [
+            copy.deepcopy(thing.raw)
+            for (resource, place, _), thing in list(self.objects.items())
+            if f"{resource.group + '/' if resource.group else ''}{resource.version}/{resource.plural}" == wanted
+            and (namespace is None or place == namespace)
+            and not thing.deleted
+        ]
+
+    def _tell(self, event: str, thing: Object) -> None:
+        group = PLURALS[thing["kind"]]
+        for resource, fan in list(self._buses.items()):
+            if f"{resource.group + '/' if resource.group else ''}{resource.version}/{resource.plural}" == group:
+                for queue in fan.queues:
+                    queue.put_nowait({"type": event, "object": copy.deepcopy(thing)})
+        for controller in self.state.controllers:
+            controller(self, event, copy.deepcopy(thing))
+
+    # --- verbs --------------------------------------------------------------------------------
+
+    def _create(self, request: Any) -> aiohttp.web.Response:
+        thing = dict(request.data)
+        if request.namespace:
+            thing["metadata"].setdefault("namespace", request.namespace)
+        if self.find(thing["kind"], thing["metadata"]["name"], thing["metadata"].get("namespace", "")):
+            return _status(409, f"{thing['metadata']['name']} already exists", reason="AlreadyExists")
+        self._own(thing, request.params.get("fieldManager", "unknown"), "Update")
+        return aiohttp.web.json_response(self.store(thing), status=201)
+
+    def _delete(self, request: Any) -> aiohttp.web.Response:
+        thing = self.find(_kind(request), request.name, request.namespace or "")
+        if thing is None:
+            return _status(404, f"{request.name} not found", reason="NotFound")
+        wanted = ((request.data or {}).get("preconditions") or {}).get("uid")
+        if wanted and wanted != thing["metadata"]["uid"]:
+            return _status(409, "the UID in the precondition does not match", reason="Conflict")
+        self.drop(thing)
+        return aiohttp.web.json_response({"kind": "Status", "status": "Success"})
+
+    def _patch(self, request: Any) -> aiohttp.web.Response:
+        content = request.headers["Content-Type"]
+        old = self.find(_kind(request), request.name, request.namespace or "")
+        if content == "application/apply-patch+yaml":
+            return self._apply(request, old)
+        if old is None:
+            return _status(404, f"{request.name} not found", reason="NotFound")
+        body = json.loads(request.text)
+        try:
+            new = jsonpatch.apply_patch(old, body) if isinstance(body, list) else _merge(old, body)
+        except jsonpatch.JsonPatchException as error:
+            return _status(422, f"the patch does not fit: {error}", reason="Invalid")
+        if new["metadata"].get("resourceVersion") != old["metadata"]["resourceVersion"]:
+            return _status(409, "the object has been modified", reason="Conflict")
+        self._own(new, request.params.get("fieldManager", "unknown"), "Update", old)
+        return aiohttp.web.json_response(self.store(new))
+
+    def _apply(self, request: Any, old: Object | None) -> aiohttp.web.Response:
+        thing: Object = yaml.safe_load(request.text)
+        namespace = thing["metadata"].get("namespace", "")
+        is_global = thing["kind"] in CLUSTER_SCOPED
+        is_dry = request.params.get("dryRun") == "All"
+        if not is_global and self.find("Namespace", namespace) is None and not self.state.has_any_namespace:
+            return _status(404, f'namespaces "{namespace}" not found', reason="NotFound")
+        manager = (request.params["fieldManager"], "Apply")
+        wanted = dict(_leaves(_without_identity(thing)))
+        key = _key(thing)
+        owners = self.state.owners.setdefault(key, {}) if not is_dry else dict(self.state.owners.get(key, {}))
+        before = dict(_leaves(_without_identity(old or {})))
+        taken = [
+            (path, owner)
+            for path, value in wanted.items()
+            for owner in owners.get(path, ())
+            if owner != manager and before.get(path, value) != value
+        ]
+        if taken and request.params.get("force") != "true":
+            said = "; ".join(f'conflict with "{owner[0]}": .{".".join(map(str, path))}' for path, owner in taken[:3])
+            return _status(
+                409, f"Apply failed with {len(taken)} conflict{'s' * (len(taken) > 1)}: {said}", reason="Conflict"
+            )
+        if old and old.get("immutable") and "data" in thing and thing["data"] != old.get("data"):
+            return _status(422, "data: Forbidden: field is immutable when `immutable` is set", reason="Invalid")
+        new = copy.deepcopy(old) if old else {"apiVersion": thing["apiVersion"], "kind": thing["kind"], "metadata": {}}
+        for path, held in list(owners.items()):
+            if manager in held and path not in wanted:
+                held = held - {manager}
+                if not held:
+                    _remove(new, path)
+                    owners.pop(path)
+                elif not is_dry:
+                    owners[path] = held
+        new = _laid(new, thing)
+        if is_dry:
+            new["metadata"].setdefault("resourceVersion", "0")
+            return aiohttp.web.json_response(new, status=200 if old else 201)
+        for path, value in wanted.items():
+            kept = {owner for owner in owners.get(path, frozenset()) if before.get(path) == value}
+            owners[path] = frozenset(kept | {manager})
+        return aiohttp.web.json_response(self.store(new), status=200 if old else 201)
+
+    def _own(self, thing: Object, manager: str, operation: str, old: Object | None = None) -> None:
+        owners = self.state.owners.setdefault(_key(thing), {})
+        before = dict(_leaves(_without_identity(old or {})))
+        for path, value in _leaves(_without_identity(thing)):
+            if before.get(path) != value:
+                owners[path] = frozenset({(manager, operation)})
+
+    def _evict(self, request: Any) -> aiohttp.web.Response:
+        pod = self.find("Pod", request.name, request.namespace)
+        if pod is None:
+            return _status(404, f'pods "{request.name}" not found', reason="NotFound")
+        for budget in self.all("PodDisruptionBudget", request.namespace):
+            chosen = budget["spec"]["selector"]["matchLabels"].items()
+            if chosen <= pod["metadata"].get("labels", {}).items():
+                if budget.get("status", {}).get("disruptionsAllowed", 0) < 1:
+                    said = "Cannot evict pod as it would violate the pod's disruption budget."
+                    return _status(429, said, reason="TooManyRequests")
+                budget["status"]["disruptionsAllowed"] -= 1
+                self.store(budget)
+        self.state.evicted.append(request.name)
+        if self.state.on_evict is None:
+            self.drop(pod)
+        else:
+            self.state.on_evict(self, pod)
+        return aiohttp.web.json_response({"kind": "Status", "status": "Success"}, status=201)
+
+    # --- reading ------------------------------------------------------------------------------
+
+    async def _serve_list(self, request: Any) -> Object:
+        items = [thing for thing in self.all(_kind(request), request.namespace) if _chosen(thing, request.params)]
+        if self.state.page_size:
+            start = int(request.params.get("continue", 0))
+            after = start + self.state.page_size
+            left = {"continue": str(after)} if after < len(items) else {}
+            return {"metadata": {"resourceVersion": "1", **left}, "items": items[start:after]}
+        version = str(next(self.state.versions))
+        return {"metadata": {"resourceVersion": version}, "items": items}
+
+    async def _serve_watch(self, request: Any) -> AsyncIterator[Any]:
+        queue: asyncio.Queue[Object | None] = asyncio.Queue()
+        fan: Any = self._buses[request.resource]
+        fan.queues.add(queue)
+        self.state.num_watches += 1
+        # What has changed since the list that the watch follows: everything, which a client must take twice.
+        first = [{"type": "ADDED", "object": thing} for thing in self.all(_kind(request), request.namespace)]
+        try:
+            yield b""
+            if self.state.num_expiries > 0:
+                self.state.num_expiries -= 1
+                gone = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"}
+                yield {"type": "ERROR", "object": gone}
+                return
+            for event in first:
+                if _chosen(event["object"], request.params):
+                    yield event
+            while (event := await queue.get()) is not None:
+                place = event["object"]["metadata"].get("namespace")
+                if request.namespace in (None, place) and _chosen(event["object"], request.params):
+                    yield event
+        finally:
+            fan.queues.discard(queue)
+
+    def end_watches(self) -> None:
+        """As a server does after a while, or when it restarts. Only in the server's thread."""
+        for fan in self._buses.values():
+            for queue in fan.queues:  # type: ignore[attr-defined]
+                queue.put_nowait(None)
+
+    def _review(self, body: Object) -> aiohttp.web.Response:
+        asked = body["spec"]["resourceAttributes"]
+        line = f"{asked['verb']} {asked['resource']}" + (f"/{asked['subresource']}" if "subresource" in asked else "")
+        denied = any(fnmatch.fnmatchcase(line, pattern) for pattern in self.state.denied)
+        return aiohttp.web.json_response({**body, "status": {"allowed": not denied}}, status=201)
+
+    def _proxy(self, path: str) -> aiohttp.web.Response:
+        for pattern, answer in self.state.pages.items():
+            if fnmatch.fnmatchcase(path, pattern):
+                return aiohttp.web.json_response(answer() if callable(answer) else answer)
+        return _status(503, "error trying to reach service: dial tcp: i/o timeout", reason="ServiceUnavailable")
+
+    async def _exec(self, raw_request: aiohttp.web.BaseRequest) -> aiohttp.web.StreamResponse:
+        pod = raw_request.path.split("/")[-2]
+        command = raw_request.query.getall("command")
+        if self.state.on_exec is None:
+            return _status(403, "pods/exec is forbidden")
+        code, printed = self.state.on_exec(pod, raw_request.query.get("container", ""), command)
+        socket = aiohttp.web.WebSocketResponse(protocols=("v4.channel.k8s.io",))
+        await socket.prepare(raw_request)
+        if printed:
+            await socket.send_bytes(b"\x01" + printed.encode())
+        status: Object = {"status": "Success"}
+        if code:
+            status = {"status": "Failure", "details": {"causes": [{"reason": "ExitCode", "message": str(code)}]}}
+        await socket.send_bytes(b"\x03" + json.dumps(status).encode())
+        await socket.close()
+        return socket
+
+
+class State:
+    """What a test sets and looks at."""
+
+    def __init__(self) -> None:
+        self.version = VERSION
+        self.calls: list[str] = []
+        self.faults: list[Fault] = []
+        self.denied: list[str] = []
+        self.absent: set[str] = set()  # plurals without a CRD
+        self.controllers: list[Callable[[ApiServer, str, Object], None]] = []
+        self.owners: dict[Any, dict[tuple[Any, ...], frozenset[tuple[str, str]]]] = {}
+        self.versions = itertools.count(1000)
+        self.num_expiries = 0
+        self.num_watches = 0
+        self.page_size = 0
+        self.has_any_namespace = True
+        self.evicted: list[str] = []
+        self.on_evict: Callable[[ApiServer, Object], None] | None = None
+        self.on_exec: Exec | None = None
+        self.pages: dict[str, Any] = {}
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def _without_identity(thing: Object) -> Object:
+    kept = {key: value for key, value in thing.items() if key not in ("apiVersion", "kind", "status", "metadata")}
+    metadata = {key: value for key, value in thing.get("metadata", {}).items() if key in ("labels", "annotations")}
+    return kept | ({"metadata": metadata} if metadata else {})
+
+
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Lists are whole: nothing here merges them by their items' names."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, (*path, key))
+    else:
+        yield path, value
+
+
+def _laid(old: Any, new: Any) -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old | {key: _laid(old.get(key), value) for key, value in new.items()}
+    return copy.deepcopy(new)
+
+
+def _merge(old: Any, patch: Any) -> Any:
+    if not isinstance(patch, dict):
+        return copy.deepcopy(patch)
+    merged = dict(old) if isinstance(old, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = _merge(merged.get(key), value)
+    return merged
+
+
+def _remove(thing: Object, path: tuple[Any, ...]) -> None:
+    place: Any = thing
+    for part in path[:-1]:
+        place = place.get(part) if isinstance(place, dict) else None
+    if isinstance(place, dict):
+        place.pop(path[-1], None)
+
+
+def _chosen(thing: Object, params: dict[str, str]) -> bool:
+    labels = thing["metadata"].get("labels") or {}
+    for term in filter(None, params.get("labelSelector", "").split(",")):
+        key, _, value = term.partition("=")
+        if (value and labels.get(key) != value) or (not value and key not in labels):
+            return False
+    for term in filter(None, params.get("fieldSelector", "").split(",")):
+        path, _, value = term.partition("=")
+        place: Any = thing
+        for part in path.split("."):
+            place = (place or {}).get(part)
+        if place != value:
+            return False
+    return True
+
+
+def _plural(request: Any) -> str:
+    resource = request.resource
+    return f"{resource.group + '/' if resource.group else ''}{resource.version}/{resource.plural}"
+
+
+def _kind(request: Any) -> str:
+    wanted = _plural(request)
+    return next(kind for kind, plural in PLURALS.items() if plural == wanted)
+
+
+def _key(thing: Object) -> tuple[str, str | None, str]:
+    return PLURALS[thing["kind"]], thing["metadata"].get("namespace") or None, thing["metadata"]["name"]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _status(code: int, message: str, headers: dict[str, str] | None = None, reason: str = "") -> aiohttp.web.Response:
+    body = {"kind": "Status", "status": "Failure", "code": code, "message": message, "reason": reason or "Injected"}
+    return aiohttp.web.json_response(body, status=code, headers=headers)
+
+
+# --- the thread ---------------------------------------------------------------------------------
+
+
+class Running:
+    """A server that answers until `close`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+        self.kubeconfig = folder / "kubeconfig"
+        self.kubeconfig.write_text(
+            yaml.safe_dump(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Config",
+                    "current-context": "test",
+                    "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+                    "clusters": [{"name": "test", "cluster": {"server": self.url}}],
+                    "users": [{"name": "test", "user": {"token": "not-a-secret"}}],
+                }
+            ),
+            encoding="utf-8",
+        )
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._serve())
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        self.server = ApiServer.make()
+        async with self.server, kmock.Server(self.server) as listening:
+            self.url = f"http://127.0.0.1:{listening.port}"
+            self._ready.set()
+            await self._stop.wait()
+            self.server.end_watches()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    @property
+    def state(self) -> State:
+        return self.server.state
+
+    def do(self, action: Callable[[], Any]) -> Any:
+        """In the server's thread, waited for."""
+
+        async def act() -> Any:
+            return action()
+
+        return asyncio.run_coroutine_threadsafe(act(), self._loop).result(10)
+
+    def put(self, *things: Object) -> None:
+        for thing in things:
+            self.do(lambda thing=thing: self.server.store(thing))
+
+    def drop(self, thing: Object) -> None:
+        self.do(lambda: self.server.drop(thing))
+
+    def find(self, kind: str, name: str, namespace: str = "argosy") -> Object | None:
+        place = "" if kind in CLUSTER_SCOPED else namespace
+        return self.do(lambda: self.server.find(kind, name, place))  # type: ignore[no-any-return]
+
+    def all(self, kind: str) -> list[Object]:
+        return self.do(lambda: self.server.all(kind))  # type: ignore[no-any-return]
+
+    def fault(self, pattern: str, **what: Any) -> Fault:
+        fault = Fault(pattern, **what)
+        self.state.faults.append(fault)
+        return fault
