@@ -43,14 +43,14 @@ _KEYS = {
 class Browser:
     """One chromium. Messages are read while an answer is waited for: there is no thread."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *flags: str) -> None:
         assert CHROMIUM is not None
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
         # The protocol's pipes are descriptors 3 and 4; a shell puts them there.
         command = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
         self._process = subprocess.Popen(
-            ["/bin/bash", "-c", command, "bash", CHROMIUM, *FLAGS, f"--user-data-dir={folder}"],
+            ["/bin/bash", "-c", command, "bash", CHROMIUM, *FLAGS, *flags, f"--user-data-dir={folder}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -79,7 +79,7 @@ class Browser:
         context = self.call("Target.createBrowserContext")["browserContextId"]
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        page = self._pages[session] = Page(self, session)
+        page = self._pages[session] = Page(self, session, context)
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.call(f"{domain}.enable")
         page.resize(width, height)
@@ -120,14 +120,18 @@ class Browser:
 class Page:
     """A tab, and what went wrong or was asked for in it since it was opened."""
 
-    def __init__(self, browser: Browser, session: str) -> None:
+    def __init__(self, browser: Browser, session: str, context: str) -> None:
         self._browser = browser
         self._session = session
+        self._context = context
         self.problems: list[str] = []  # console errors and warnings, exceptions, violations of the page's policy
         self.urls: list[str] = []  # of every request that it made
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         return self._browser.call(method, self._session, **params)
+
+    def close(self) -> None:
+        self._browser.call("Target.disposeBrowserContext", browserContextId=self._context)
 
     def heard(self, method: str, params: dict[str, Any]) -> None:
         if method == "Network.requestWillBeSent":
@@ -189,9 +193,9 @@ class Page:
 
 
 @contextlib.contextmanager
-def a_browser(folder: Path) -> Iterator[Browser]:
-    """folder: of its profile."""
-    browser = Browser(folder)
+def a_browser(folder: Path, *flags: str) -> Iterator[Browser]:
+    """folder: of its profile. flags: beside those of FLAGS."""
+    browser = Browser(folder, *flags)
     try:
         yield browser
     finally:

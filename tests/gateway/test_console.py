@@ -163,6 +163,7 @@ def a_replica(number: int, is_up: bool, num_ranks: int = 1) -> dict[str, Any]:
 def a_view(number: int, stats: ReplicaStats | None) -> ReplicaView:
     ranks = [RankState(rank=0, host="host", pid=1, step=0, age_s=0.0)]
     beat = Beat(
+        seq=1,
         step=7,
         step_age_s=0.0,
         announced_s=0.25,

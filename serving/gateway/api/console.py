@@ -39,7 +39,6 @@ HEADERS = {
     ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-cache",  # asked for again each time, and answered by 304
 }
 
