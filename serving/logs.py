@@ -144,8 +144,8 @@ def encoded(
             else:
                 document[name] = redacted(_short(value), secrets)
         elif kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-            if abs(value) < _MAX_NUMBER:  # neither infinite nor NaN: JSON has no word for them
-                document[name] = value
+            # neither infinite nor NaN: JSON has no word for them
+            document |= {name: value} if abs(value) < _MAX_NUMBER else {}
     line = json.dumps(document, ensure_ascii=True, allow_nan=False)
     while len(line) > MAX_LINE_BYTES:  # escapes take up to twelve bytes each
         longest = max(("message", "stack"), key=lambda name: len(str(document.get(name, ""))))

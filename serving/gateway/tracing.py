@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from starlette.datastructures import Headers
+
 from serving.gateway.life import Life
 from serving.gateway.request_log import status_of, usage_of
 from serving.gateway.spans import Part, parts_of
@@ -60,6 +62,15 @@ def bounded_tracestate(header: str) -> str:
             break
         kept.append(member)
     return ",".join(kept)
+
+
+def caller_of(headers: Headers) -> tuple[str, str]:
+    """(traceparent, tracestate) of a request, bounded: it is kept as long as the request's life. Several traceparents
+    are none, several tracestates are one."""
+    traceparents = headers.getlist("traceparent")
+    if len(traceparents) != 1 or len(traceparents[0]) > _MAX_TRACEPARENT_CHARS:
+        return "", ""
+    return traceparents[0], bounded_tracestate(",".join(headers.getlist("tracestate")))
 
 
 class Tracing:
@@ -147,13 +158,9 @@ class Tracing:
         return f"{span.get_span_context().trace_id:032x}"
 
     def _caller(self, life: Life) -> Context:
-        traceparent, tracestate = life.trace
-        carrier = {}
-        if 0 < len(traceparent) <= _MAX_TRACEPARENT_CHARS:
-            carrier = {"traceparent": traceparent, "tracestate": bounded_tracestate(tracestate)}
         from opentelemetry.context import Context
 
-        return self._propagator.extract(carrier, Context())
+        return self._propagator.extract(dict(zip(("traceparent", "tracestate"), life.trace, strict=True)), Context())
 
     def _complain(self) -> None:
         now = time.monotonic()

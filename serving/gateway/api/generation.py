@@ -32,6 +32,7 @@ from serving.gateway.schema import model_name
 from serving.gateway.sse import EventStream
 from serving.gateway.streams import Choice, Request
 from serving.gateway.text.stop import StopMatcher, StopSet
+from serving.gateway.tracing import caller_of
 from serving.gateway.usage import usage
 from serving.metrics.meter import RequestMeter
 from serving.wire import unpack_ids
@@ -71,7 +72,7 @@ async def generate(gateway: Gateway, http: HttpRequest, form: Format) -> Respons
         endpoint=http.scope["route"].path,
         arrived=arrived,
         arrived_wall=gateway.clock.wall(),
-        trace=(http.headers.get("traceparent", ""), http.headers.get("tracestate", "")),
+        trace=caller_of(http.headers),
     )
     gateway.lives.begin(life)
     try:
