@@ -15,8 +15,8 @@ from k8s.patches import Key, key_of
 from k8s.sizing import Sizing
 from k8s.yaml_text import dump
 
-POLICY: Final = "serving.deployments.autoscaling:policy"
-"""What Serve imports into its controller."""
+POLICY: Final = "serving.deployments.serve_policy:QueueDelayPolicy"
+"""What Serve imports into its controller; its kwargs are `ScalingSettings` of serving/deployments/autoscaling.py."""
 IDLE_S: Final = 300  # a pod without work stays so long, for the next replica
 
 

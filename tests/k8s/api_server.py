@@ -87,6 +87,43 @@ class Fault:
     message: str = ""
 
 
+@dataclasses.dataclass(slots=True)
+class _Call:
+    """A request as the verbs below see it; kmock does not know that a namespace is an object, too."""
+
+    method: str
+    kind: str
+    namespace: str
+    name: str
+    subresource: str
+    params: dict[str, str]
+    content: str
+    body: Any
+
+    @classmethod
+    def of(cls, request: Any) -> _Call | None:
+        if request.resource is None:
+            return None
+        plural, namespace, name = _plural(request), request.namespace or "", request.name or ""
+        if plural == "v1/None":
+            plural, namespace, name = "v1/namespaces", "", namespace
+        kind = next((kind for kind, known in PLURALS.items() if known == plural), None)
+        if kind is None:
+            return None
+        content = request.headers.get("Content-Type", "")
+        body = yaml.safe_load(request.text) if request.text else None
+        return cls(
+            request.method.value,
+            kind,
+            namespace,
+            name,
+            request.subresource or "",
+            dict(request.params),
+            content,
+            body,
+        )
+
+
 class _Fan:
     """In the place of kmock's bus, which forgets what happens between a list and its watch."""
 
@@ -133,19 +170,20 @@ class ApiServer(kmock.KubernetesEmulator):
         return await super().__call__(raw_request)
 
     async def _handle(self, request: Any) -> aiohttp.web.StreamResponse:
-        if request.resource is None or str(_plural(request)) not in PLURALS.values():
+        call = _Call.of(request)
+        if call is None or PLURALS[call.kind] in self.state.absent:
             return _status(404, "the server could not find the requested resource")
-        if _plural(request) in self.state.absent:
-            return _status(404, "the server could not find the requested resource")
-        method = request.method.value
-        if method == "POST" and request.subresource == "eviction":
-            return self._evict(request)
-        if method == "PATCH":
-            return self._patch(request)
-        if method == "POST":
-            return self._create(request)
-        if method == "DELETE" and request.name:
-            return self._delete(request)
+        if call.method == "POST" and call.subresource == "eviction":
+            return self._evict(call)
+        if call.method == "PATCH":
+            return self._patch(call)
+        if call.method == "POST":
+            return self._create(call)
+        if call.method == "DELETE" and call.name:
+            return self._delete(call)
+        if call.name:
+            found = self.find(call.kind, call.name, call.namespace)
+            return _status(404, "not found", reason="NotFound") if found is None else aiohttp.web.json_response(found)
         return await super()._handle(request)
 
     # --- the store ----------------------------------------------------------------------------
@@ -199,50 +237,49 @@ class ApiServer(kmock.KubernetesEmulator):
 
     # --- verbs --------------------------------------------------------------------------------
 
-    def _create(self, request: Any) -> aiohttp.web.Response:
-        thing = dict(request.data)
-        if request.namespace:
-            thing["metadata"].setdefault("namespace", request.namespace)
+    def _create(self, call: _Call) -> aiohttp.web.Response:
+        thing = call.body
+        if call.namespace:
+            thing["metadata"].setdefault("namespace", call.namespace)
         if self.find(thing["kind"], thing["metadata"]["name"], thing["metadata"].get("namespace", "")):
             return _status(409, f"{thing['metadata']['name']} already exists", reason="AlreadyExists")
-        self._own(thing, request.params.get("fieldManager", "unknown"), "Update")
+        self._own(thing, call.params.get("fieldManager", "unknown"), "Update")
         return aiohttp.web.json_response(self.store(thing), status=201)
 
-    def _delete(self, request: Any) -> aiohttp.web.Response:
-        thing = self.find(_kind(request), request.name, request.namespace or "")
+    def _delete(self, call: _Call) -> aiohttp.web.Response:
+        thing = self.find(call.kind, call.name, call.namespace)
         if thing is None:
-            return _status(404, f"{request.name} not found", reason="NotFound")
-        wanted = ((request.data or {}).get("preconditions") or {}).get("uid")
+            return _status(404, f"{call.name} not found", reason="NotFound")
+        wanted = ((call.body or {}).get("preconditions") or {}).get("uid")
         if wanted and wanted != thing["metadata"]["uid"]:
             return _status(409, "the UID in the precondition does not match", reason="Conflict")
         self.drop(thing)
         return aiohttp.web.json_response({"kind": "Status", "status": "Success"})
 
-    def _patch(self, request: Any) -> aiohttp.web.Response:
-        content = request.headers["Content-Type"]
-        old = self.find(_kind(request), request.name, request.namespace or "")
-        if content == "application/apply-patch+yaml":
-            return self._apply(request, old)
+    def _patch(self, call: _Call) -> aiohttp.web.Response:
+        old = self.find(call.kind, call.name, call.namespace)
+        if call.content == "application/apply-patch+yaml":
+            return self._apply(call, old)
         if old is None:
-            return _status(404, f"{request.name} not found", reason="NotFound")
-        body = json.loads(request.text)
+            return _status(404, f"{call.name} not found", reason="NotFound")
+        body = call.body
         try:
             new = jsonpatch.apply_patch(old, body) if isinstance(body, list) else _merge(old, body)
         except jsonpatch.JsonPatchException as error:
             return _status(422, f"the patch does not fit: {error}", reason="Invalid")
         if new["metadata"].get("resourceVersion") != old["metadata"]["resourceVersion"]:
             return _status(409, "the object has been modified", reason="Conflict")
-        self._own(new, request.params.get("fieldManager", "unknown"), "Update", old)
+        self._own(new, call.params.get("fieldManager", "unknown"), "Update", old)
         return aiohttp.web.json_response(self.store(new))
 
-    def _apply(self, request: Any, old: Object | None) -> aiohttp.web.Response:
-        thing: Object = yaml.safe_load(request.text)
+    def _apply(self, call: _Call, old: Object | None) -> aiohttp.web.Response:
+        thing: Object = call.body
         namespace = thing["metadata"].get("namespace", "")
         is_global = thing["kind"] in CLUSTER_SCOPED
-        is_dry = request.params.get("dryRun") == "All"
+        is_dry = call.params.get("dryRun") == "All"
         if not is_global and self.find("Namespace", namespace) is None and not self.state.has_any_namespace:
             return _status(404, f'namespaces "{namespace}" not found', reason="NotFound")
-        manager = (request.params["fieldManager"], "Apply")
+        manager = (call.params["fieldManager"], "Apply")
         wanted = dict(_leaves(_without_identity(thing)))
         key = _key(thing)
         owners = self.state.owners.setdefault(key, {}) if not is_dry else dict(self.state.owners.get(key, {}))
@@ -253,7 +290,7 @@ class ApiServer(kmock.KubernetesEmulator):
             for owner in owners.get(path, ())
             if owner != manager and before.get(path, value) != value
         ]
-        if taken and request.params.get("force") != "true":
+        if taken and call.params.get("force") != "true":
             said = "; ".join(f'conflict with "{owner[0]}": .{".".join(map(str, path))}' for path, owner in taken[:3])
             return _status(
                 409, f"Apply failed with {len(taken)} conflict{'s' * (len(taken) > 1)}: {said}", reason="Conflict"
@@ -285,11 +322,11 @@ class ApiServer(kmock.KubernetesEmulator):
             if before.get(path) != value:
                 owners[path] = frozenset({(manager, operation)})
 
-    def _evict(self, request: Any) -> aiohttp.web.Response:
-        pod = self.find("Pod", request.name, request.namespace)
+    def _evict(self, call: _Call) -> aiohttp.web.Response:
+        pod = self.find("Pod", call.name, call.namespace)
         if pod is None:
-            return _status(404, f'pods "{request.name}" not found', reason="NotFound")
-        for budget in self.all("PodDisruptionBudget", request.namespace):
+            return _status(404, f'pods "{call.name}" not found', reason="NotFound")
+        for budget in self.all("PodDisruptionBudget", call.namespace):
             chosen = budget["spec"]["selector"]["matchLabels"].items()
             if chosen <= pod["metadata"].get("labels", {}).items():
                 if budget.get("status", {}).get("disruptionsAllowed", 0) < 1:
@@ -297,7 +334,7 @@ class ApiServer(kmock.KubernetesEmulator):
                     return _status(429, said, reason="TooManyRequests")
                 budget["status"]["disruptionsAllowed"] -= 1
                 self.store(budget)
-        self.state.evicted.append(request.name)
+        self.state.evicted.append(call.name)
         if self.state.on_evict is None:
             self.drop(pod)
         else:
