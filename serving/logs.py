@@ -29,6 +29,8 @@ MAX_MESSAGE_CHARS: Final = 2000
 MAX_STACK_CHARS: Final = 8000
 MAX_FIELD_CHARS: Final = 256
 MAX_WAITING_LINES: Final = 1000
+MAX_BYTES_PER_S: Final = 256 << 10
+MAX_BURST_BYTES: Final = 4 << 20
 CLOSE_S: Final = 1.0  # for what waits, at the end
 _MAX_FRAMES: Final = 30
 _MAX_NUMBER: Final = 1e18
@@ -234,8 +236,27 @@ class JsonFormatter(logging.Formatter):
         )
 
 
+class Allowance:
+    """`rate` per second, and `burst` at once after a rest. Whoever floods us must not fill a disk."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._left = float(burst)
+        self._at = 0.0
+
+    def take(self, now: float, cost: float = 1.0) -> bool:
+        """Whether so much more may be written. now: monotonic seconds."""
+        self._left = min(self._left + self._rate * max(now - self._at, 0.0), self._burst)
+        self._at = now
+        if self._left < cost:
+            return False
+        self._left -= cost
+        return True
+
+
 class Outlet(logging.Handler):
-    """Writes lines to a file descriptor.
+    """Writes lines to a file descriptor, MAX_BYTES_PER_S in the long run: what is beyond is counted and dropped.
 
     is_patient: each line at once, however long that takes. Else a thread writes them, and beyond
     MAX_WAITING_LINES they are counted and dropped: whoever logs never waits for a reader. Lines that end the
@@ -246,6 +267,7 @@ class Outlet(logging.Handler):
         super().__init__()
         self.num_dropped = 0
         self._fd = fd
+        self._allowance = Allowance(MAX_BYTES_PER_S, MAX_BURST_BYTES)
         self._told = 0
         self._lines: queue.Queue[bytes | None] = queue.Queue(MAX_WAITING_LINES)
         self._writer: threading.Thread | None = None
@@ -259,8 +281,11 @@ class Outlet(logging.Handler):
         except Exception:  # a log must never break what it tells of
             self.num_dropped += 1
             return
+        if record.levelno < logging.CRITICAL and not self._allowance.take(time.monotonic(), len(line)):
+            self.num_dropped += 1
+            return
         if self._writer is None:
-            self._write(line)
+            self._write_one(line)
             return
         try:
             self._lines.put_nowait(line)
@@ -281,13 +306,16 @@ class Outlet(logging.Handler):
 
     def _write_all(self) -> None:
         while (line := self._lines.get()) is not None:
-            if self.num_dropped > self._told:
-                number, self._told = self.num_dropped - self._told, self.num_dropped
-                record = logging.LogRecord("argosy.logs", logging.WARNING, "", 0, "%d lines dropped", (number,), None)
-                record.fields = {"event": "lines_dropped", "left_out": number}
-                self._write((self.format(record) + "\n").encode())
-            self._write(line)
+            self._write_one(line)
             self._lines.task_done()
+
+    def _write_one(self, line: bytes) -> None:
+        if self.num_dropped > self._told:
+            number, self._told = self.num_dropped - self._told, self.num_dropped
+            record = logging.LogRecord("argosy.logs", logging.WARNING, "", 0, "%d lines dropped", (number,), None)
+            record.fields = {"event": "lines_dropped", "left_out": number}
+            self._write((self.format(record) + "\n").encode())
+        self._write(line)
 
     def _write(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # nobody reads any more

@@ -18,7 +18,19 @@ from typing import Any
 import pytest
 
 from serving import logs
-from serving.logs import FIELDS, MARK, MAX_LINE_BYTES, JsonFormatter, Outlet, TextFormatter, encoded, redacted, stack_of
+from serving.logs import (
+    FIELDS,
+    MARK,
+    MAX_BURST_BYTES,
+    MAX_BYTES_PER_S,
+    MAX_LINE_BYTES,
+    JsonFormatter,
+    Outlet,
+    TextFormatter,
+    encoded,
+    redacted,
+    stack_of,
+)
 
 CANARY = "canary-of-a-prompt"
 PIECES = (
@@ -187,6 +199,29 @@ def test_a_full_pipe_costs_lines_and_no_time(log_format: str) -> None:
     assert sum("line " in line for line in lines) == 5000 - dropped
     outlet.close()
     os.close(read_fd)
+    os.close(write_fd)
+
+
+def test_a_flood_fills_no_disk_and_its_end_is_told() -> None:
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    outlet = Outlet(write_fd, is_patient=True)
+    outlet.setFormatter(JsonFormatter("p", mark=""))
+    written: list[bytes] = []
+    outlet._write = written.append  # type: ignore[method-assign]
+    logger = logging.Logger("flood")
+    logger.addHandler(outlet)
+    begun = time.monotonic()
+    for _ in range(6000):
+        logger.error("x" * 1500)
+    took = time.monotonic() - begun
+    assert sum(map(len, written)) <= MAX_BURST_BYTES + MAX_BYTES_PER_S * (took + 0.1) + 200 * len(written)
+    num_told = sum(b"xxx" in line for line in written)
+    assert 2000 < num_told < 4500 and outlet.num_dropped == 6000 - num_told
+    logger.critical("the end is always told")
+    assert b"always told" in written[-1]
+    counts = [re.search(rb"(\d+) lines dropped", line) for line in written]
+    assert sum(int(count.group(1)) for count in counts if count) == outlet.num_dropped
     os.close(write_fd)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from serving.gateway.life import Life
+from serving.logs import Allowance
 
 logger = logging.getLogger("argosy.request")
 
@@ -21,25 +22,6 @@ SUMMARY_S: Final = 10.0
 """How long lines that were left out stay untold."""
 CLIENT_LEFT: Final = 499
 """As a status: nobody was left to answer."""
-
-
-class Allowance:
-    """`rate` lines per second, and `burst` at once after a rest. Whoever floods us must not fill a disk."""
-
-    def __init__(self, rate: float, burst: int) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._left = float(burst)
-        self._at = 0.0
-
-    def take(self, now: float) -> bool:
-        """Whether one more may be written. now: monotonic seconds."""
-        self._left = min(self._left + self._rate * max(now - self._at, 0.0), self._burst)
-        self._at = now
-        if self._left < 1.0:
-            return False
-        self._left -= 1.0
-        return True
 
 
 class RequestLog:
