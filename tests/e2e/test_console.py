@@ -286,6 +286,79 @@ def test_load_shows_in_figures_and_lines(page: Page, service: Service) -> None:
     page.until(f"document.getElementById('counts').textContent.includes('output tokens{counted:,}')")
 
 
+def test_a_hidden_page_asks_nothing(page: Page) -> None:
+    def hide(is_hidden: bool) -> None:
+        hidden = json.dumps(is_hidden)
+        page.value(f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}})")
+        page.value("document.dispatchEvent(new Event('visibilitychange'))")
+
+    hide(True)
+    page.until("document.body.dataset.link === 'paused'")
+    time.sleep(0.2)  # what was on its way
+    num_asked = len(page.urls)
+    time.sleep(1.3)
+    assert page.value("1") and len(page.urls) == num_asked
+    hide(False)
+    page.until("document.body.dataset.link === 'live'")
+    assert len(page.urls) > num_asked
+
+
+def test_an_hour_of_polls_is_kept_in_bounds_and_counted_right(page: Page, service: Service) -> None:
+    """Made-up states: 100 tokens/s, then a restart of the gateway; first tokens after 30 ms, some after 10 minutes."""
+    state = service.http.get("/console/state").json()
+    found = page.value(
+        f"""import('./console/history.js').then(({{History, quantile}}) => {{
+          const state = {json.dumps(state)};
+          const history = new History();
+          const model = state.models[{json.dumps(MODEL)}];
+          const first = model.time_to_first_token.counts;
+          const zero = first.map(() => 0);
+          const rates = [];
+          for (let at = 0; at < 3600; at += 1) {{
+            const uptime_s = at < 3000 ? 100 + at : at - 2990;
+            const counts = zero.with(3, 9 * uptime_s).with(-1, uptime_s);
+            history.add({{
+              ...state, now: state.now + at, gateway: {{...state.gateway, uptime_s}},
+              models: {{[{json.dumps(MODEL)}]: {{...model, generation_tokens: 100 * uptime_s,
+                time_to_first_token: {{counts, sum: 1}}}}}},
+            }});
+            rates.push(history.samples.at(-1).output);
+          }}
+          return {{
+            samples: history.samples.length, documents: history.documents.length, rates: [...new Set(rates.map((rate) => rate && Math.round(rate)))],
+            ttft: history.samples.at(-1).ttft, none: quantile([1, 2], [0, 0, 0], 0.5),
+            within: quantile([1, 2], [0, 4, 0], 0.5),
+          }};
+        }})"""
+    )
+    assert found["samples"] == 600 and found["documents"] <= 12
+    assert found["rates"] == [None, 100]
+    assert 0.02 <= found["ttft"][0] <= 0.04 and found["ttft"][2] == 600.0
+    assert found["none"] is None and found["within"] == 1.5
+
+
+def test_events_are_cut_right_wherever_the_stream_is_torn(page: Page) -> None:
+    text = 'data: {"a": "é→🚢"}\r\n\r\n: queue position=3\n\ndata: x\ndata: y\n\nevent: z\ndata:no space\n\n'
+    text += "data: [DONE]\n\n"
+    wanted = [{"data": '{"a": "é→🚢"}'}, {"comment": "queue position=3"}, {"data": "x\ny"}, {"data": "no space"}]
+    found = page.value(
+        f"""import('./console/stream.js').then(({{EventCutter}}) => {{
+          const bytes = new TextEncoder().encode({json.dumps(text)});
+          const all = [];
+          for (let at = 0; at <= bytes.length; at += 1) {{
+            const decoder = new TextDecoder();
+            const cutter = new EventCutter();
+            const events = [];
+            for (const part of [bytes.slice(0, at), bytes.slice(at)])
+              events.push(...cutter.feed(decoder.decode(part, {{stream: true}})));
+            all.push(JSON.stringify(events));
+          }}
+          return [...new Set(all)];
+        }})"""
+    )
+    assert [json.loads(events) for events in found] == [[*wanted, {"data": "[DONE]"}]]
+
+
 def test_a_stranger_is_asked_for_the_token(service: Service, browser: Browser) -> None:
     page = browser.open(f"http://{STRANGER}:{service.port}/console#requests")
     page.until("document.getElementById('login').open && document.body.dataset.link === 'locked'")

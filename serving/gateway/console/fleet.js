@@ -42,7 +42,7 @@ export class Fleet {
       ["Rows", figure(running), `running; ${figure(waiting)} wait for a slot`],
       ["Output", figure(sample.output), "tokens/s"],
       ["Prefill", figure(sample.prefill), "prompt tokens/s"],
-      ["KV", percent(sample.kv), "of the blocks are owned by rows"],
+      ["KV", percent(sample.kv), "of the blocks in use"],
       ["Of the limit", percent(sample.limit), sample.limit === null ? "at rest" : "of what the hardware allows"],
     ]);
     return { ready, known: state.num_replicas };
@@ -83,7 +83,7 @@ class Card {
     this.line = svg("polyline", { class: "line output" });
     this.rows = new Meter("rows");
     this.blocks = new Meter("KV blocks");
-    this.limit = new Meter("of the limit");
+    this.limit = new Meter("of the limit", false);
     this.facts = h("dl", { class: "facts" });
     this.ranks = h("tbody");
     this.start = h("p", { class: "note" });
@@ -160,7 +160,9 @@ class Card {
 }
 
 class Meter {
-  constructor(name) {
+  /** isLoad: nearly full is a warning. */
+  constructor(name, isLoad = true) {
+    this.isLoad = isLoad;
     this.bar = h("i");
     this.text = h("span");
     this.meter = h("div", { class: "meter", role: "meter", "aria-label": name, "aria-valuemin": 0 }, this.bar);
@@ -173,7 +175,7 @@ class Meter {
     set(this.meter, "aria-valuenow", value ?? 0);
     set(this.meter, "aria-valuemax", most ?? 1);
     set(this.meter, "aria-valuetext", text);
-    set(this.meter, "class", `meter${isFaint ? " faint" : ""}${share > 0.9 ? " full" : ""}`);
+    set(this.meter, "class", `meter${isFaint ? " faint" : ""}${this.isLoad && share > 0.9 ? " full" : ""}`);
     say(this.text, text);
   }
 }

@@ -47,7 +47,7 @@ export class Live {
       ["Running", figure(sample.running), `${figure(sample.waiting)} without a token`],
       ["Queued", figure(sample.queued), `queue p99 ${seconds(sample.queue[2])}`],
       ["Requests ended", figure(sample.ended), "per second"],
-      ["Errors", figure(sample.errors), `per second, ${figure(sample.sheds)} for want of capacity`],
+      ["Errors", figure(sample.errors), `per second, ${figure(sample.sheds)} no capacity`],
     ]);
     for (const chart of this.charts) chart.update(history.samples);
     this.#counts(history.latest, sample);
@@ -56,7 +56,8 @@ export class Live {
   #counts(state, sample) {
     const { gateway } = state;
     const tables = [
-      ["Gateway", { "open connections": gateway.num_connections, "event loop late, p99": seconds(sample.lag), ...state.responses }, "HTTP statuses are replies"],
+      ["Gateway", { "open connections": gateway.num_connections, "event loop late, p99": seconds(sample.lag) }],
+      ["Replies by HTTP status", state.responses],
       ["Errors by code", state.errors],
       ["No capacity, by reason", state.sheds],
       ["Faults survived or died of", state.faults],
@@ -76,10 +77,10 @@ export class Live {
     const key = JSON.stringify(tables);
     if (key === this.countsKey) return;
     this.countsKey = key;
-    find("counts").replaceChildren(...tables.map(([title, counts, note]) => {
+    find("counts").replaceChildren(...tables.map(([title, counts]) => {
       const rows = Object.entries(counts);
       return h("table", {},
-        h("caption", {}, title, note ? h("span", { class: "muted" }, ` · ${note}`) : null),
+        h("caption", {}, title),
         h("tbody", {}, rows.length
           ? rows.map(([what, count]) => h("tr", {}, h("th", { scope: "row" }, what), h("td", {}, typeof count === "number" ? figure(count) : count ?? NONE)))
           : h("tr", {}, h("td", { class: "muted" }, "none"))));

@@ -23,6 +23,7 @@ let view = "";
 let heardAt = null; // performance.now() of the last answer
 let trouble = ""; // why there was none since
 let isLocked = false;
+let missing = ""; // replicas that are not ready, in words
 
 // --- state ----------------------------------------------------------------------------------------
 
@@ -34,8 +35,7 @@ function heard(state) {
   isLocked = false;
   history.add(state);
   say(find("version"), state.version);
-  const missing = unready(fleet.update(history));
-  document.title = missing ? `(!) ${missing} · Argosy` : "Argosy console";
+  missing = unready(fleet.update(history));
   if (view === "live") live.update(history);
   showLink();
 }
@@ -57,6 +57,8 @@ function showLink() {
   document.body.dataset.link = word;
   set(find("link"), "class", `pill ${word}`);
   say(find("link"), word);
+  const alarm = word === "gone" ? "server gone" : missing;
+  document.title = alarm ? `(!) ${alarm} · Argosy` : "Argosy console";
   const banner = find("banner");
   const shown = age_s === null ? "" : ` What is shown is ${lasting(age_s)} old.`;
   banner.hidden = !["gone", "stale", "locked"].includes(word);

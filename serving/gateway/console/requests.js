@@ -123,7 +123,7 @@ class Row {
     this.link = h("a", { href: `#requests/${encodeURIComponent(id)}`, tabindex: -1, data: { id } }, id);
     this.state = h("span", { class: "badge" });
     const cell = (kind = "") => h("td", { class: kind });
-    this.cells = [cell("wide"), cell("wide"), cell("wide"), cell(), cell("n"), cell("n"), cell("n wide"), cell("n"), cell("n wide"), cell("n"), cell("n wide")];
+    this.cells = [cell("wide"), cell("wide name"), cell("wide"), cell(), cell("n"), cell("n"), cell("n wide"), cell("n"), cell("n wide"), cell("n"), cell("n wide")];
     this.node = h("tr", { on: { click: (event) => this.#click(event) } }, h("th", { scope: "row" }, this.link), h("td", {}, this.state), this.cells);
   }
 
@@ -137,8 +137,9 @@ class Row {
     set(this.node, "class", ENDED.has(entry.state) ? "ended" : "running");
     const values = [
       kindOf(entry), entry.model, entry.replica, clock(entry.arrived_at), seconds(entry.elapsed_s), seconds(entry.time_to_first_token_s),
-      seconds(entry.longest_gap_s), figure(entry.prompt_tokens), figure(entry.cached_tokens), figure(entry.completion_tokens), figure(entry.num_resumes),
+      seconds(entry.longest_gap_s), figure(entry.prompt_tokens), ENDED.has(entry.state) ? figure(entry.cached_tokens) : NONE, figure(entry.completion_tokens), figure(entry.num_resumes),
     ];
     values.forEach((value, at) => say(this.cells[at], value || NONE));
+    set(this.cells[1], "title", entry.model);
   }
 }

@@ -99,13 +99,14 @@ export class Timeline {
 
   #facts(account) {
     const { summary } = account;
+    const isOver = ENDED.has(account.state);
     const facts = [
       ["endpoint", `${account.endpoint}${account.stream ? ", streamed" : ""}`],
       ["model", account.model || NONE],
       ["arrived", clock(account.arrived_at)],
-      [ENDED.has(account.state) ? "took" : "for", seconds(account.elapsed_s)],
+      [isOver ? "took" : "for", seconds(account.elapsed_s)],
       ["first token", seconds(account.time_to_first_token_s)],
-      ["prompt", `${figure(account.prompt_tokens)} tokens, ${figure(account.cached_tokens)} cached`],
+      ["prompt", `${figure(account.prompt_tokens)} tokens${isOver ? `, ${figure(account.cached_tokens)} cached` : ""}`],
       ["output", `${figure(account.completion_tokens)} tokens${account.n > 1 ? ` in ${account.n} choices` : ""}`],
       ["long gaps", summary.num_gaps ? `${figure(summary.num_gaps)}, longest ${seconds(summary.longest_gap_s)}: ${gapCause(longestOf(account)?.cause)}` : "none"],
       ["preempted / resumed", `${figure(summary.num_preemptions)} / ${figure(summary.num_resumes)}`],
@@ -133,6 +134,7 @@ export class Timeline {
     this.end = end;
     this.events = new Map();
     this.rows = lanes.map(({ events }, lane) => events.map((event, at) => this.#mark(event, `${lane}:${event.kind}:${event.at_s}:${at}`, end)));
+    this.rows.forEach((marks) => this.#spread(marks, end));
     this.lanes.replaceChildren(...this.rows.map((marks, lane) => h("div", { class: "lane", role: "group", "aria-label": lanes[lane].name }, marks)));
     this.names.replaceChildren(...lanes.map(({ name, choice }) => h("div", {}, h("b", {}, name), h("span", { class: "muted" }, choice ? `${choice.replica || NONE} · ${figure(choice.num_tokens)} tok` : "preparation"))));
     this.graph.hidden = false;
@@ -154,6 +156,17 @@ export class Timeline {
       type: "button", tabindex: -1, class: `${isSpan ? "span" : "moment"} k ${event.kind}`, style: left, data: { key, kind: event.kind },
       "aria-label": `${time}. ${sentence}`,
     }, isSpan ? label : glyph);
+  }
+
+  /** Moments that would cover each other stand side by side. */
+  #spread(marks, end) {
+    let [last, shift] = [-Infinity, 0];
+    for (const mark of marks.filter((mark) => mark.classList.contains("moment"))) {
+      const at = this.events.get(mark.dataset.key).at_s / end;
+      shift = at - last < 0.012 ? shift + 14 : 0;
+      last = at;
+      if (shift) style(mark, "translate", `${shift}px`);
+    }
   }
 
   #ruler() {
