@@ -2,6 +2,7 @@
 
 fake    {"ttft": s, "itl": s, "tokens": n, "status": 503, "cut_after": n, "comment": "…", …}; else the flags' values
 GET /log    {"requests": [{"at", "headers", "body", "writes": [time of each token's write]}]}, time.monotonic()
+--certificate             a PEM file: it speaks TLS
 --stall-at, --stall-for   the whole process sleeps once, so long after its first request
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import ssl
 import time
 from typing import Any
 
@@ -122,8 +124,14 @@ async def main() -> None:
         parser.add_argument(f"--{name}", type=float, default=0.0)
     parser.add_argument("--drift", action="store_true")
     parser.add_argument("--keep-bodies", action="store_true")
-    service = Server(parser.parse_args())
-    server = await asyncio.start_server(service.connected, "127.0.0.1", 0, backlog=1024)
+    parser.add_argument("--certificate", help="PEM of it and its key: speak TLS")
+    flags = parser.parse_args()
+    service = Server(flags)
+    tls = None
+    if flags.certificate:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(flags.certificate)
+    server = await asyncio.start_server(service.connected, "127.0.0.1", 0, backlog=1024, ssl=tls)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
