@@ -24,3 +24,4 @@ class Batch:
     logits_indices: torch.Tensor  # [S], query tokens whose logits are wanted
     max_query_len: int
     max_seq_len: int
+    scratch: object = None  # what the kernels worked out once for all layers; theirs alone

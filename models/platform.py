@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,6 +38,20 @@ def device_facts(device: torch.device | str) -> DeviceFacts:
         free, total = torch.cuda.mem_get_info(device)
         return DeviceFacts("cuda", facts.name, f"sm_{facts.major}{facts.minor}", total, free, num_cores)
     raise ModelError(f"device must be cpu or cuda; got {str(device)!r}")
+
+
+def host_buffer(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int32 on the host, of memory that `device` copies from and to while the host goes on."""
+    return torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+
+def mark(device: torch.device) -> Callable[[], None]:
+    """A function that waits until the device has done what it has been given so far. On a CPU that is done already."""
+    if device.type == "cpu":
+        return lambda: None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event.synchronize
 
 
 # In rising order; the last one present names the level. Flags as /proc/cpuinfo spells them.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.errors import SettingsError
+from serving.parsing import parse_bool, parser
 
 ENVIRONMENT_PREFIX: Final = "ARGOSY_"
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
@@ -41,7 +42,7 @@ class EngineSettings:
     block_size: int = 16
     seed: int = 0
     num_threads: int | None = None  # None = the cores this process may use
-    async_depth: int = 0  # steps in flight beyond the one being read (C5)
+    async_depth: int | None = None  # steps in flight beyond the one being read (C5); None = 1 on cuda, 0 on cpu
     weight_cache_dir: str = ""  # where packed weights are kept for the next start; "" = nowhere
     enable_prefix_cache: bool = True
     read_limit_gb_s: float | None = None  # memory reads of a rank's device; None = measured at start, one rank only
@@ -64,6 +65,7 @@ class GatewaySettings:
     max_body_bytes: int = 2 << 20
     operator_token_file: str = ""  # whoever shows its content may see what operators see; read again when it changes
     cache_dir: str = ""  # assets fetched from replicas, by hash (C23)
+    can_wake: bool = False  # replicas may be none while nobody asks, and the first request starts one
     drain_s: float = 2.0  # how long running requests may still take once the process is told to end
     log_format: str = "text"  # that of the service
     slow_request_s: float = 60.0  # in text, a request is logged when it failed or took longer
@@ -80,7 +82,12 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000  # 0 = any free port
     runtime: str = "ray"  # ray | local
-    replicas: int = 1
+    replicas: int = 1  # how many there are; the most, where min_replicas or max_replicas is given
+    min_replicas: int | None = None  # autoscaling: never fewer; 0 = none while nobody asks
+    max_replicas: int | None = None  # … never more
+    max_queue_delay_s: float = 2.0  # … a predicted wait above it adds replicas
+    scale_in_window_s: float = 300.0  # … fewer must have been enough for so long before one goes
+    scale_to_zero_after_s: float = 600.0  # … without any work
     gateways: int = 1
     drain_timeout_s: float = 30.0  # how long a replica that leaves waits for its rows to move (C19)
     log_format: str = "text"  # text, for people | json, one object a line
@@ -90,6 +97,10 @@ class ServeSettings:
         default_factory=lambda: EngineSettings(model_dir="", served_model_name="")
     )
     gateway: GatewaySettings = dataclasses.field(default_factory=lambda: GatewaySettings(fd=-1))
+
+    @property
+    def is_autoscaled(self) -> bool:
+        return self.min_replicas is not None
 
 
 # --- the one table of settings ----------------------------------------------------------------
@@ -104,6 +115,7 @@ _INTERNAL: Final = {
         "name",
         "served_model_name",
         "cache_dir",
+        "can_wake",
         "drain_s",
         "log_format",
     },
@@ -123,6 +135,11 @@ _CHOICES: Final = {
 _RANGES: Final[dict[str, tuple[float, float]]] = {
     "port": (0, 65535),
     "replicas": (1, 64),
+    "min_replicas": (0, 64),
+    "max_replicas": (1, 64),
+    "max_queue_delay_s": (0.05, 3600),
+    "scale_in_window_s": (1, 86400),
+    "scale_to_zero_after_s": (1, 604800),
     "gateways": (1, 64),
     "tensor_parallel_size": (1, 64),
     "pipeline_parallel_size": (1, 64),
@@ -150,48 +167,6 @@ _LATER: Final = {
 }
 """Settings that exist, whose values above 1 are refused until their feature does."""
 
-_UNITS: Final = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY_UNITS: Final = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
-
-
-def parse_bytes(text: str) -> int:
-    """ "512MiB", "2GiB", "1.5G" or "1048576" as a number of bytes. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    if match is None:
-        raise ValueError("expected a size such as 512MiB or 2GiB")
-    unit = match.group(2) or ""
-    return int(float(match.group(1)) * (_BINARY_UNITS | _UNITS)[unit])
-
-
-def _parse_bool(text: str) -> bool:
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise ValueError("expected true or false")
-
-
-def _parse_int(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError("expected a whole number") from None
-
-
-def _parse_float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError("expected a number") from None
-
-
-def _parser(key: str, annotation: str) -> Callable[[str], Any]:
-    if key.endswith("_bytes"):
-        return parse_bytes
-    return {"int": _parse_int, "float": _parse_float, "bool": _parse_bool}.get(
-        annotation.removesuffix(" | None"), str.strip
-    )
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Option:
@@ -201,7 +176,7 @@ class _Option:
 
 
 OPTIONS: Final[dict[str, _Option]] = {
-    field.name: _Option(section, _parser(field.name, str(field.type)), "None" in str(field.type))
+    field.name: _Option(section, parser(field.name, str(field.type)), "None" in str(field.type))
     for section in (ServeSettings, EngineSettings, GatewaySettings)
     for field in dataclasses.fields(section)
     if field.name not in _INTERNAL[section]
@@ -218,7 +193,7 @@ def _value(key: str, given: object, origin: str) -> Any:
         raise SettingsError(f"{origin}: a value is missing")
     if not isinstance(given, str | int | float | bool):
         raise SettingsError(f"{origin}: expected one value, not a {type(given).__name__}")
-    if isinstance(given, bool) and option.parse is not _parse_bool:
+    if isinstance(given, bool) and option.parse is not parse_bool:
         raise SettingsError(f"{origin}: expected a value, not {str(given).lower()}")
     try:
         value = option.parse(str(given))
@@ -327,6 +302,7 @@ def _assemble(values: dict[str, Any], environ: Mapping[str, str]) -> ServeSettin
     model = str(serve.get("model", DEFAULT_MODEL))
     name = serve.get("served_model_name") or derived_name(model)
     serve["served_model_name"] = name
+    _fit_scaling(serve)
     engine = part(EngineSettings)
     _fit_budget(engine)
     _fit_collectives(engine)
@@ -339,6 +315,25 @@ def _assemble(values: dict[str, Any], environ: Mapping[str, str]) -> ServeSettin
 
 def _default(section: type, name: str) -> Any:
     return next(field.default for field in dataclasses.fields(section) if field.name == name)
+
+
+def _fit_scaling(serve: dict[str, Any]) -> None:
+    """Both bounds, or neither; `replicas` is then the most that must find room."""
+    low, high = serve.get("min_replicas"), serve.get("max_replicas")
+    if low is None and high is None:
+        return
+    if serve.get("runtime") == "local":
+        flag = "--max-replicas" if low is None else "--min-replicas"
+        raise SettingsError(f"{flag}: --runtime local does not autoscale; leave it out or take --runtime ray")
+    if high is not None and serve.get("replicas", high) != high:
+        raise SettingsError(
+            f"--replicas: {serve['replicas']} is not --max-replicas {high}; leave it out, autoscaling decides"
+        )
+    low = 1 if low is None else low
+    high = max(serve.get("replicas", 1), low) if high is None else high
+    if low > high:
+        raise SettingsError(f"--min-replicas: {low} is above --max-replicas {high}")
+    serve.update(replicas=high, min_replicas=low, max_replicas=high)
 
 
 def _fit_budget(engine: dict[str, Any]) -> None:

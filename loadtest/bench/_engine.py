@@ -19,7 +19,8 @@ from serving.types import SamplingParams
 class Bench:
     """Scheduler and step loop over a loaded worker, without threads."""
 
-    def __init__(self, worker: Worker, budget: int) -> None:
+    def __init__(self, worker: Worker, budget: int, async_depth: int = 0) -> None:
+        """budget: tokens per step. async_depth: steps in flight beyond the one being read."""
         settings = worker.settings
         self.scheduler = Scheduler(
             max_num_seqs=settings.max_num_seqs,
@@ -29,12 +30,18 @@ class Bench:
             block_size=settings.block_size,
             enable_prefix_cache=False,
         )
-        self.core = EngineCore(self.scheduler, LocalExecutor(worker), on_output=self._read, on_failure=self._fail)
+        self.core = EngineCore(
+            self.scheduler,
+            LocalExecutor(worker),
+            on_output=self._read,
+            on_failure=self._fail,
+            async_depth=async_depth,
+        )
         self.tokens: dict[int, list[int]] = {}
         self._vocab = worker.model.logits_size
 
-    def add(self, handle: int, prompt: Sequence[int], max_tokens: int) -> None:
-        """A greedy row that ignores the end of sequence."""
+    def add(self, handle: int, prompt: Sequence[int], max_tokens: int, temperature: float = 0.0) -> None:
+        """A row that ignores the end of sequence, greedy unless said."""
         self.tokens[handle] = []
         self.scheduler.add(
             Request(
@@ -42,7 +49,7 @@ class Bench:
                 tokens=np.array(prompt, np.int32),
                 num_prompt=len(prompt),
                 max_total=len(prompt) + max_tokens,
-                sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+                sampling=SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=handle),
                 stop_ids=(),
                 priority=0,
                 root=root_hash("bench", "", b""),
@@ -55,8 +62,14 @@ class Bench:
 
     def run(self) -> None:
         """Until every row has ended."""
-        while self.scheduler.has_work:
+        while self.scheduler.has_work or self.core.has_steps_in_flight:
             self.core.step()
+
+    def drain(self) -> None:
+        """End every row."""
+        for handle in self.tokens:
+            self.scheduler.cancel((0, handle))
+        self.run()
 
     def _read(self, output: StepOutput) -> None:
         for handle, token in zip(output.handles.tolist(), output.tokens.tolist(), strict=True):

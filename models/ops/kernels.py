@@ -57,6 +57,8 @@ FORMATS = ("plain", "int8", "int4")
 INT8_SPAN = 64  # inputs of a token that share a scale where they meet int8 weights
 GROUP_SIZE = 32  # inputs that share a scale in int4, as in GGUF's Q4_0 and Q4_1
 
+NUM_SAMPLING_FIELDS = 6  # parameters of a row that is sampled on a device (`models/ops/triton_sampling.py`)
+
 GATES = ("silu", "gelu_tanh", "gelu")
 ACTIVATIONS = ("relu", "gelu_tanh", "gelu", "silu")
 

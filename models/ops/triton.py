@@ -15,8 +15,8 @@ import math
 import torch
 
 from models.batch import Batch
-from models.ops import triton_attention, triton_rope, triton_rows
-from models.ops.kernels import ACTIVATIONS, GATES, LayerKV
+from models.ops import triton_attention, triton_decode, triton_rope, triton_rows
+from models.ops.kernels import ACTIVATIONS, GATES, LayerKV, PackedLinear
 from models.ops.reference import ReferenceKernels
 
 
@@ -24,9 +24,19 @@ class TritonKernels(ReferenceKernels):
     """Key and value layout: [num_blocks, block_size, num_kv_heads, head_size], as the reference's."""
 
     name = "triton"
-    max_part_bytes = (
-        128 << 20
-    )  # of the results of splits; a mixture that needs more gives a program all splits of a tile
+    max_part_bytes = 512 << 20
+    """Of the results of splits; a step that needs more gives a program all splits of a tile."""
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: PackedLinear,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if residual is None or bias is not None or weight.format != "plain":
+            return super().linear(x, weight, bias, residual)
+        return residual.addmm_(x, weight.data.t())  # one kernel, and the sum is rounded once
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return triton_rows.rms_norm(x.contiguous(), weight, eps, self._empty_like(x))
@@ -89,10 +99,11 @@ class TritonKernels(ReferenceKernels):
                 "window must be at least 0, scale finite and softcap at least 0 and finite; "
                 f"got {window}, {scale} and {softcap}"
             )
-        heads = (num_heads, num_kv_heads, head_size)
-        return triton_attention.attention(
-            q.contiguous(), kv, batch, *heads, scale, window, softcap, self.max_part_bytes
-        )
+        heads, q = (num_heads, num_kv_heads, head_size), q.contiguous()
+        scratch = triton_decode.scratch(batch, len(q), num_heads, head_size, self.max_part_bytes)
+        if scratch is not None:
+            return triton_decode.decode(q, kv, batch, scratch, *heads, scale, window, softcap)
+        return triton_attention.attention(q, kv, batch, *heads, scale, window, softcap, self.max_part_bytes)
 
     def _empty_like(self, x: torch.Tensor) -> torch.Tensor:
         return torch.empty(x.shape, dtype=self.activation_dtype, device=x.device)

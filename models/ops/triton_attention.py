@@ -28,7 +28,7 @@ SPLIT = 256  # keys
 
 
 @triton.jit
-def _row_of(
+def row_of(
     starts: tl.tensor, num_rows: tl.tensor, wanted: tl.tensor, STEP: tl.constexpr, GAP: tl.constexpr
 ) -> tl.tensor:
     """The last row r with starts[r] // STEP + r * GAP <= wanted."""
@@ -44,7 +44,7 @@ def _row_of(
 
 
 @triton.jit
-def _factors(best: tl.tensor, fresh_best: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def factors(best: tl.tensor, fresh_best: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The new maximum, and what sums under the old one and under the fresh one are multiplied by."""
     now = tl.maximum(best, fresh_best)
     base = tl.where(now == float("-inf"), 0.0, now)
@@ -52,7 +52,7 @@ def _factors(best: tl.tensor, fresh_best: tl.tensor) -> tuple[tl.tensor, tl.tens
 
 
 @triton.jit
-def _split(
+def attend_split(
     q: tl.tensor,  # [QUERIES, BLOCK_D]
     query_pos: tl.tensor,  # [QUERIES]
     key: tl.tensor,
@@ -141,7 +141,7 @@ def _attend(
     tile = tl.program_id(0)
     head = tl.program_id(1)
     # Row r begins at tile starts[r] // HEIGHT + r, which leaves room for all of its queries and needs no plan.
-    row = _row_of(starts, num_rows, tile, HEIGHT, 1)
+    row = row_of(starts, num_rows, tile, HEIGHT, 1)
     start = tl.load(starts + row)
     count = tl.load(starts + row + 1) - start
     first = (tile - start // HEIGHT - row) * HEIGHT
@@ -175,7 +175,7 @@ def _attend(
     total = tl.zeros([QUERIES], tl.float32)
     mixed = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for index in range(first_split, end_split):
-        part, part_total, part_best = _split(
+        part, part_total, part_best = attend_split(
             queries, query_pos, key, value, blocks, head, index, low, end,
             SCALE, WINDOW, SOFTCAP, KV_HEADS, SIZE, BLOCK_SIZE, QUERIES, BLOCK_D, KEYS, SPLIT_KEYS, WIDEN,
         )  # fmt: skip
@@ -185,7 +185,7 @@ def _attend(
             tl.store(total_out + place, part_total, mask=is_query)
             tl.store(best_out + place, part_best, mask=is_query)
         else:
-            now, old, fresh = _factors(best, part_best)
+            now, old, fresh = factors(best, part_best)
             mixed = tl.fma(part, tl.broadcast_to(fresh[:, None], part.shape), mixed * old[:, None])
             total = tl.fma(part_total, fresh, total * old)
             best = now
@@ -196,11 +196,11 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
-def _fold(
+def fold(
     parts: tl.tensor,
     totals: tl.tensor,
     bests: tl.tensor,
-    starts: tl.tensor,
+    starts: tl.tensor,  # of each row's tokens; IS_DECODE: of its splits
     lengths: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
@@ -212,26 +212,36 @@ def _fold(
     BLOCK_D: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
     TILE: tl.constexpr,
+    IS_DECODE: tl.constexpr,
 ) -> None:
     """The splits of one token and TILE of its heads, left to right."""
     token = tl.program_id(0)
-    row = _row_of(starts, num_rows, token, 1, 0)
-    end = tl.load(starts + row + 1)
-    if token >= end:  # padding behind the last row
-        return
-    position = tl.load(lengths + row) - (end - token)
+    if IS_DECODE:
+        position = tl.load(lengths + token) - 1
+    else:
+        row = row_of(starts, num_rows, token, 1, 0)
+        end = tl.load(starts + row + 1)
+        if token >= end:  # padding behind the last row
+            return
+        position = tl.load(lengths + row) - (end - token)
     low = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else position * 0
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)
     is_head = head < HEADS
     output = token.to(tl.int64) * HEADS + head
+    if IS_DECODE:
+        first_place = tl.load(starts + token).to(tl.int64) * HEADS + head
+        stride = HEADS
+    else:
+        first_place = output * num_splits
+        stride = 1
     d = tl.arange(0, BLOCK_D)
     best = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     mixed = tl.zeros([TILE, BLOCK_D], tl.float32)
     for index in range(low // SPLIT_KEYS, position // SPLIT_KEYS + 1):
-        place = output * num_splits + index
+        place = first_place + index * stride
         part = tl.load(parts + place[:, None] * BLOCK_D + d[None, :], mask=is_head[:, None], other=0.0)
-        now, old, fresh = _factors(best, tl.load(bests + place, mask=is_head, other=0.0))
+        now, old, fresh = factors(best, tl.load(bests + place, mask=is_head, other=0.0))
         mixed = tl.fma(part, tl.broadcast_to(fresh[:, None], part.shape), mixed * old[:, None])
         total = tl.fma(tl.load(totals + place, mask=is_head, other=1.0), fresh, total * old)
         best = now
@@ -272,10 +282,6 @@ def attention(
     if is_split:
         parts = torch.empty(places, block_d, dtype=torch.float32, device=q.device)
         totals, bests = torch.empty(2, places, dtype=torch.float32, device=q.device)
-    # Products of 16-bit values are native, all others fp32. The interpreter would multiply the bit patterns of bf16.
-    is_native = q.dtype is kv.key.dtype and q.dtype.itemsize == 2
-    if triton.knobs.runtime.interpret and q.dtype is torch.bfloat16:
-        is_native = False
     tiles = tokens // (queries // group) + rows
     _attend[(tiles, num_kv_heads, num_splits if is_split else 1)](
         q,
@@ -299,17 +305,17 @@ def attention(
         BLOCK_SIZE=kv.key.shape[1],
         QUERIES=queries,
         BLOCK_D=block_d,
-        KEYS=64 if block_d <= 128 else 32,
+        KEYS=num_keys(block_d),
         SPLIT_KEYS=SPLIT,
-        WIDEN=not is_native,
+        WIDEN=not is_native(q, kv),
         IS_SPLIT=is_split,
         num_warps=4 if block_d <= 128 else 8,
-        num_stages=2,
+        num_stages=num_stages(q, kv, block_d),
         enable_fp_fusion=False,
     )
     if is_split:
         height = min(16, triton.next_power_of_2(num_heads))
-        _fold[(tokens, triton.cdiv(num_heads, height))](
+        fold[(tokens, triton.cdiv(num_heads, height))](
             parts,
             totals,
             bests,
@@ -325,6 +331,24 @@ def attention(
             BLOCK_D=block_d,
             SPLIT_KEYS=SPLIT,
             TILE=height,
+            IS_DECODE=False,
             enable_fp_fusion=False,
         )
     return out, lse
+
+
+def is_native(q: torch.Tensor, kv: LayerKV) -> bool:
+    """Products of 16-bit values are native, all others fp32."""
+    if triton.knobs.runtime.interpret and q.dtype is torch.bfloat16:
+        return False  # the interpreter would multiply the bit patterns of bf16
+    return q.dtype is kv.key.dtype and q.dtype.itemsize == 2
+
+
+def num_keys(block_d: int) -> int:
+    """Of a tile."""
+    return 64 if block_d <= 128 else 32
+
+
+def num_stages(q: torch.Tensor, kv: LayerKV, block_d: int) -> int:
+    """Tiles of keys and values that are on their way: what shared memory holds beside the queries."""
+    return 2 if block_d <= 128 or is_native(q, kv) else 1

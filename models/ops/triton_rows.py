@@ -88,7 +88,7 @@ def _gate_mul(gate_up: tl.tensor, out: tl.tensor, n: tl.tensor, ACTIVATION: tl.c
     tl.store(out + row * n + i, y.to(out.dtype.element_ty), mask=is_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _activate(x: tl.tensor, out: tl.tensor, count: tl.tensor, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr) -> None:
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_in = i < count
@@ -96,7 +96,7 @@ def _activate(x: tl.tensor, out: tl.tensor, count: tl.tensor, ACTIVATION: tl.con
     tl.store(out + i, _activated(values, ACTIVATION).to(out.dtype.element_ty), mask=is_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _soft_cap(x: tl.tensor, count: tl.tensor, cap: tl.tensor, BLOCK: tl.constexpr) -> None:
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_in = i < count

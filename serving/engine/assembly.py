@@ -78,7 +78,9 @@ def build_engine(
     )
     executor: Executor = LocalExecutor(worker) if gang is None else GangExecutor(worker, gang)
     # A gang's rows wait for their last sample, so more steps in flight than stages would find none to compute.
-    depth = settings.async_depth if gang is None else settings.pipeline_parallel_size - 1
+    depth = settings.pipeline_parallel_size - 1
+    if gang is None:
+        depth = int(settings.device == "cuda") if settings.async_depth is None else settings.async_depth
     limit = find_limit(settings, worker, on_phase or (lambda name, seconds: None))
     core = EngineCore(scheduler, executor, on_output=on_output, on_failure=on_failure, async_depth=depth, limit=limit)
     if gang is not None:

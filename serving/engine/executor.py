@@ -11,16 +11,9 @@ from models.parallel import TransportError
 from serving.engine.gang import Gang, GangFailed
 from serving.engine.plan import Plan
 from serving.engine.rank_wire import plan_frame
-from serving.engine.runner import StepResult
+from serving.engine.runner import Computed, StepResult
+from serving.engine.runner import StepHandle as StepHandle  # noqa: PLC0414  (what an executor gives)
 from serving.engine.worker import Worker
-
-
-class StepHandle(Protocol):
-    """A submitted step."""
-
-    def result(self) -> StepResult:
-        """Wait for the step. Raises what the step raised."""
-        ...
 
 
 class Executor(Protocol):
@@ -29,24 +22,14 @@ class Executor(Protocol):
     def submit(self, plan: Plan) -> StepHandle: ...
 
 
-class Computed:
-    """A step that is over."""
-
-    def __init__(self, value: StepResult) -> None:
-        self._value = value
-
-    def result(self) -> StepResult:
-        return self._value
-
-
 class LocalExecutor:
-    """One rank in the caller's thread: on CPU there is nothing to overlap with."""
+    """One rank in the caller's thread. On CPU a step is over when it is submitted; a GPU goes on by itself."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    def submit(self, plan: Plan) -> Computed:
-        return Computed(self._worker.run(plan.encode()))
+    def submit(self, plan: Plan) -> StepHandle:
+        return self._worker.submit(plan.encode())
 
 
 class GangExecutor:

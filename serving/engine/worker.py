@@ -22,8 +22,9 @@ from models.platform import device_facts
 from models.registry import CausalLM, load_config, load_model, weights_fingerprint
 from models.transports.connect import Ranks
 from serving.config import EngineSettings
+from serving.engine.device_sampler import METHOD as DEVICE_METHOD
 from serving.engine.request import Int32Array
-from serving.engine.runner import ModelRunner, StepResult
+from serving.engine.runner import ModelRunner, StepHandle, StepResult
 from serving.engine.sampling_rows import SamplingRows
 from serving.errors import ModelLoadError
 
@@ -35,6 +36,8 @@ ENGINE_VERSION = 1
 _SAMPLING_METHOD = "splitmix64-inverse-cdf"
 _DEFAULT_KV_FRACTION = 0.25
 _MAX_DEFAULT_KV_BYTES = 2 << 30
+_DEFAULT_DEVICE_KV_FRACTION = 0.85
+"""On a GPU, of what the weights leave: activations, graphs and the libraries' own buffers take from the rest."""
 
 PhaseCallback = Callable[[str, float], None]
 LoadCallback = Callable[[int, int, float], None]
@@ -97,27 +100,34 @@ class Worker:
             # Before gigabytes are read: a context for which there is no room, and heads that the kernels do not take.
             self._num_blocks()
             self._kv_cache(num_blocks=2)
-            self.model: CausalLM = load_model(
-                settings.model_dir,
-                dtype=self._dtype,
-                quantization=settings.quantization,
-                device=self._device,
-                kernels=self._kernels,
-                group=self._group,
-                stages=self._stages,
-                max_model_len=self.max_model_len,
-                progress=None if on_load is None else _paced(on_load, started),
-                cache_dir=Path(settings.weight_cache_dir) if settings.weight_cache_dir else None,
-                on_note=log.warning,
-            )
-            weights = weights_fingerprint(settings.model_dir)
+            self.model, weights = self._load_model(on_load, started)
             self.num_blocks = self._num_blocks()
         except (ModelError, ValueError) as error:
             raise ModelLoadError(str(error)) from error
         self.agreed = fingerprint_parts(settings, weights, self.model.weight_format, self._kernels.name)
+        if self._samples_on_device:
+            self.agreed["sampling"] = DEVICE_METHOD
         self._report("weights", time.perf_counter() - started)
         if ranks is None:
             self.allocate(self.num_blocks)
+
+    def _load_model(self, on_load: LoadCallback | None, started: float) -> tuple[CausalLM, str]:
+        """This rank's share and the fingerprint of the weights."""
+        settings = self.settings
+        model = load_model(
+            settings.model_dir,
+            dtype=self._dtype,
+            quantization=settings.quantization,
+            device=self._device,
+            kernels=self._kernels,
+            group=self._group,
+            stages=self._stages,
+            max_model_len=self.max_model_len,
+            progress=None if on_load is None else _paced(on_load, started),
+            cache_dir=Path(settings.weight_cache_dir) if settings.weight_cache_dir else None,
+            on_note=log.warning,
+        )
+        return model, weights_fingerprint(settings.model_dir)
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV cache; plans may come. num_blocks: the fewest that any rank of the gang can hold."""
@@ -137,8 +147,13 @@ class Worker:
             max_model_len=self.max_model_len,
             block_size=settings.block_size,
             device=self._device,
+            samples_on_device=self._samples_on_device,
         )
         self._report("kv cache", time.perf_counter() - started)
+        if self._has_graphs:
+            started = time.perf_counter()
+            self.runner.record_graphs(settings.max_num_batched_tokens)
+            self._report("graphs", time.perf_counter() - started)
         self.found = Found(
             fingerprint=fingerprint(self.agreed),
             max_model_len=self.max_model_len,
@@ -154,6 +169,20 @@ class Worker:
     def run(self, words: Int32Array) -> StepResult:
         """Execute one encoded plan."""
         return self.runner.run(words)
+
+    @property
+    def _samples_on_device(self) -> bool:
+        return self._device.type == "cuda" and self._kernels.name == "triton"
+
+    @property
+    def _has_graphs(self) -> bool:
+        """Not for gangs, whose ranks meet on the host, nor for mixtures, whose routing does."""
+        is_alone = self._group.size == 1 and self._stages.count == 1
+        return self._samples_on_device and is_alone and self.config.experts is None
+
+    def submit(self, words: Int32Array) -> StepHandle:
+        """Begin an encoded plan; on a GPU the next may be begun before its result is there."""
+        return self.runner.submit(words)
 
     def _kv_cache(self, num_blocks: int) -> KVCache:
         return KVCache(
@@ -175,8 +204,12 @@ class Worker:
         blocks_per_row = -(-self.max_model_len // settings.block_size)
         wanted = settings.kv_cache_bytes
         if wanted is None:
-            free = int(device_facts(settings.device).free_memory_bytes * _DEFAULT_KV_FRACTION) // self._num_neighbours
-            wanted = min(settings.max_num_seqs * blocks_per_row * block_bytes, free, _MAX_DEFAULT_KV_BYTES)
+            free = device_facts(self._device).free_memory_bytes
+            if self._device.type == "cuda":
+                allowed = int(free * _DEFAULT_DEVICE_KV_FRACTION)
+            else:
+                allowed = min(int(free * _DEFAULT_KV_FRACTION) // self._num_neighbours, _MAX_DEFAULT_KV_BYTES)
+            wanted = min(settings.max_num_seqs * blocks_per_row * block_bytes, allowed)
         num_blocks = wanted // block_bytes
         if num_blocks < blocks_per_row:
             raise ModelLoadError(

@@ -43,6 +43,7 @@ def compile_only(kernel, *arguments, grid, warmup, **options):
 JITFunction.run = compile_only
 
 from models.ops.triton import TritonKernels
+from models.ops.triton_sampling import sample
 from tests.models.ops.world import Contexts, Heads, int32
 
 dtype, heads = torch.bfloat16, Heads(32, 8, 64)
@@ -51,6 +52,7 @@ for capability in (80, 90):
     kernels = TritonKernels(dtype)
     contexts = Contexts(kernels, [300], heads, dtype)
     contexts.attend([(0, 299, 1)])
+    contexts.attend([(0, 297, 2)])
     kernels.max_part_bytes = 0
     contexts.attend([(0, 299, 1)], window=70, softcap=30.0)
     x, weight = torch.zeros(3, 64, dtype=dtype), torch.ones(64, dtype=dtype)
@@ -60,10 +62,15 @@ for capability in (80, 90):
     for activation in ("silu", "gelu", "gelu_tanh"):
         kernels.gate_mul(x, activation)
     kernels.activate(x, "relu")
+    zeros = torch.zeros(6, 4, dtype=torch.int32)
+    sample(torch.zeros(4, 9000), zeros, 8999, zeros[0], zeros[1])
 print(json.dumps(found))
 """
 
-KERNELS = ("_attend", "_fold", "_rope_store", "_rms_norm", "_layer_norm", "_gate_mul", "_activate", "_soft_cap")
+KERNELS = (
+    *("_attend", "_decode", "fold", "_rope_store", "_rms_norm", "_layer_norm", "_gate_mul", "_activate", "_soft_cap"),
+    *("_floors", "_best_of_chunk", "_best_of_row"),
+)
 
 
 def test_every_kernel_compiles(tmp_path: Path) -> None:
@@ -79,4 +86,4 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = [tuple(each) for each in json.loads(done.stdout)]
     assert {(name, capability) for name, capability, _ in found} == {(n, c) for n in KERNELS for c in (80, 90)}
-    assert all(has_products for name, _, has_products in found if name == "_attend")
+    assert all(has_products for name, _, has_products in found if name in ("_attend", "_decode"))
