@@ -41,6 +41,13 @@ def serve(
         str | None, _flag("What places replicas: Ray Serve, or plain processes. [ray]", "ray|local")
     ] = None,
     replicas: Annotated[str | None, _flag("Copies of the model. [1]", "N")] = None,
+    min_replicas: Annotated[
+        str | None, _flag("Autoscaling: never fewer; 0 = none while nobody asks. [off]", "N")
+    ] = None,
+    max_replicas: Annotated[str | None, _flag("Autoscaling: never more. [off]", "N")] = None,
+    max_queue_delay_s: Annotated[
+        str | None, _flag("Autoscaling: a longer predicted wait adds replicas. [2]", "SECONDS")
+    ] = None,
     gateways: Annotated[str | None, _flag("Gateway processes; more than 1 comes later. [1]", "N")] = None,
     tensor_parallel_size: Annotated[str | None, _flag("Ranks that share every layer. [1]", "N")] = None,
     pipeline_parallel_size: Annotated[str | None, _flag("Stages that share out the layers. [1]", "N")] = None,

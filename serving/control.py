@@ -38,11 +38,21 @@ def local_address(run_dir: Path, index: int) -> str:
     return f"unix:{run_dir / f'replica-{index}.sock'}"
 
 
+class Scaling(msgspec.Struct, frozen=True, kw_only=True):
+    """How many replicas there are is decided by load. Beyond the bounds: keys of `ScalingSettings`."""
+
+    min_replicas: int
+    max_queue_delay_s: float
+    scale_in_window_s: float
+    scale_to_zero_after_s: float
+
+
 class Deploy(msgspec.Struct, frozen=True, tag="deploy"):
-    """Have this many replicas of this model."""
+    """Have this many replicas of this model; at most so many where `scaling` is given."""
 
     engine: EngineSettings
     replicas: int
+    scaling: Scaling | None = None
 
 
 class Phase(msgspec.Struct, frozen=True, tag="phase"):

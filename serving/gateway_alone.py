@@ -88,6 +88,7 @@ class GatewayAlone:
             secret=",".join(secret.hex() for secret in self._secrets),
             name=f"{socket.gethostname()}-{name}",
             cache_dir=str(Path(self._settings.store) / ".assets"),
+            can_wake=self._settings.min_replicas == 0,
             drain_s=self._settings.drain_timeout_s,
             log_format=self._settings.log_format,
         )

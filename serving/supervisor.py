@@ -173,7 +173,7 @@ class Supervisor:
             num_threads=self._facts.num_threads,
             weight_cache_dir=_weight_cache_dir(self._settings),
         )
-        self._order = control.Deploy(engine, self._settings.replicas)
+        self._order = control.Deploy(engine, self._settings.replicas, _scaling(self._settings))
         self._send_order()
         await self._replicas_ready.wait()
         begun = told = time.monotonic()
@@ -219,6 +219,7 @@ class Supervisor:
             directory_url=None if is_local else f"http://127.0.0.1:{self._directory_port}/directory",
             secret=self._folder.secret.hex(),
             cache_dir=str(Path(settings.store) / ".assets"),
+            can_wake=settings.min_replicas == 0,
             log_format=settings.log_format,
         )
         return Launch(msgspec.json.encode(gateway).decode(), fds=(self._listener.fileno(),))
@@ -317,6 +318,17 @@ class Supervisor:
         if self._failure.done():
             self._failure.exception()  # looked at, also when something else ended the run
         self._folder.remove()
+
+
+def _scaling(settings: ServeSettings) -> control.Scaling | None:
+    if settings.min_replicas is None:
+        return None
+    return control.Scaling(
+        min_replicas=settings.min_replicas,
+        max_queue_delay_s=settings.max_queue_delay_s,
+        scale_in_window_s=settings.scale_in_window_s,
+        scale_to_zero_after_s=settings.scale_to_zero_after_s,
+    )
 
 
 def _weight_cache_dir(settings: ServeSettings) -> str:

@@ -22,7 +22,10 @@ MAX_LINES = 400
 
 LEAVES = tuple(
     f"serving.{name}"
-    for name in ("types", "errors", "metrics", "wire", "block_hash", "config", "control", "logs", "secret_file")
+    for name in (
+        *("types", "errors", "metrics", "wire", "block_hash"),
+        *("config", "control", "demand", "logs", "parsing", "secret_file"),
+    )
 )
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {

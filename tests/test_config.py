@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import yaml
 
 from serving import config, found
-from serving.config import ServeSettings, parse_bytes
+from serving.config import ServeSettings
 from serving.errors import SettingsError
+from serving.parsing import parse_bytes
 
 HOME = {"HOME": "/home/somebody"}
 
@@ -257,3 +259,36 @@ def test_the_budget_of_a_step_holds_a_token_for_every_row() -> None:
     assert config.load({"max_num_seqs": "8"}, environ={}).engine.max_num_batched_tokens == 256
     with pytest.raises(SettingsError, match="64 is less than --max-num-seqs 100"):
         config.load({"max_num_seqs": "100", "max_num_batched_tokens": "64"}, environ={})
+
+
+@pytest.mark.parametrize(
+    ("flags", "bounds"),
+    [
+        ({}, (1, None, None)),
+        ({"max_replicas": "4"}, (4, 1, 4)),
+        ({"min_replicas": "0", "max_replicas": "4"}, (4, 0, 4)),
+        ({"replicas": "3", "min_replicas": "2"}, (3, 2, 3)),
+        ({"min_replicas": "0"}, (1, 0, 1)),
+        ({"min_replicas": "2"}, (2, 2, 2)),
+    ],
+)
+def test_bounds_of_autoscaling(flags: dict[str, object], bounds: tuple[int, int | None, int | None]) -> None:
+    settings = load(flags)
+    assert (settings.replicas, settings.min_replicas, settings.max_replicas) == bounds
+    assert settings.is_autoscaled == (bounds[1] is not None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"min_replicas": "3", "max_replicas": "2"}, "--min-replicas: 3 is above --max-replicas 2"),
+        ({"min_replicas": "1", "runtime": "local"}, "--min-replicas: --runtime local does not autoscale"),
+        ({"max_replicas": "2", "runtime": "local"}, "--max-replicas: --runtime local does not autoscale"),
+        ({"replicas": "3", "max_replicas": "2"}, "--replicas: 3 is not --max-replicas 2"),
+        ({"max_replicas": "65"}, "--max-replicas: 65 is outside 1 to 64"),
+        ({"max_queue_delay_s": "0"}, "--max-queue-delay-s: 0.0 is outside 0.05 to 3,600"),
+    ],
+)
+def test_what_autoscaling_refuses(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        load(flags)

@@ -19,5 +19,8 @@ def build(arguments: dict[str, Any]) -> Application:
 
 
 def build_directory(arguments: dict[str, Any]) -> Application:
-    """The directory. An application of its own, so that a new model config does not restart it."""
-    return serve.deployment(Directory, name=DIRECTORY_DEPLOYMENT).bind()
+    """The directory. An application of its own, so that a new model config does not restart it.
+
+    arguments: `secret_file`, by which gateways sign what waits in them; without it no replica is added for that.
+    """
+    return serve.deployment(Directory, name=DIRECTORY_DEPLOYMENT).bind(secret_file=arguments.get("secret_file", ""))

@@ -21,7 +21,7 @@ import msgspec
 
 from serving import config, logs
 from serving.control import Deploy, Event, Failed, Loading, Note, Phase, Ready, RuntimeEnd, RuntimeSettings
-from serving.deployments.document import MODEL_APP, ReplicaArguments, serve_config
+from serving.deployments.document import MODEL_APP, ReplicaArguments, autoscaling_config, serve_config
 from serving.deployments.placement import cpu_share, room_for
 
 OBJECT_STORE_BYTES: Final = 100 << 20  # no tensor and no token ever passes through it
@@ -144,7 +144,9 @@ class RayRuntime:
                 tell=lambda name, seconds: self._tell(Phase("ray", name, seconds)),
             )
             signal.signal(signal.SIGTERM, _exit)  # Ray has put its own handler there
-            deploy(serve_config(None))  # its worker starts while the model is still being verified
+            deploy(
+                serve_config(None, secret_file=settings.secret_file)
+            )  # its worker starts while the model is verified
             while True:
                 wait_s = WATCH_STEADY_S if self._was_ready else WATCH_STARTING_S
                 if select.select([self._supervisor.socket], [], [], wait_s)[0]:
@@ -174,7 +176,16 @@ class RayRuntime:
             server=self._settings.server,
         )
         share = cpu_share(self._settings.cores, order.replicas, order.engine)
-        deploy(serve_config(arguments, num_replicas=order.replicas, num_cpus=share, max_surge_percent=surge))
+        deploy(
+            serve_config(
+                arguments,
+                num_replicas=order.replicas,
+                num_cpus=share,
+                max_surge_percent=surge,
+                autoscaling=_autoscaling_config(order),
+                secret_file=self._settings.secret_file,
+            )
+        )
         self._placed_s = time.monotonic()
 
     def _watch(self) -> None:
@@ -187,7 +198,7 @@ class RayRuntime:
                 self._num_reports = report["number"]
                 self._hear(report)
         members = {entry["id"] for entry in listing["replicas"] if entry["state"] == "ready"}
-        if not self._was_ready and len(members) >= self._order.replicas:
+        if not self._was_ready and len(members) >= _num_initial(self._order):
             self._was_ready, self._members = True, members
             self._tell(Ready())
         elif not self._was_ready:
@@ -240,6 +251,24 @@ class RayRuntime:
 
     def _tell(self, event: Event) -> None:
         self._supervisor.tell(event)
+
+
+def _num_initial(order: Deploy) -> int:
+    """Replicas to begin with: at least one, to see that the model loads, even where none may be left later."""
+    return order.replicas if order.scaling is None else max(order.scaling.min_replicas, 1)
+
+
+def _autoscaling_config(order: Deploy) -> dict[str, Any] | None:
+    scaling = order.scaling
+    if scaling is None:
+        return None
+    settings: dict[str, float] = msgspec.to_builtins(scaling)
+    return autoscaling_config(
+        int(settings.pop("min_replicas")),
+        order.replicas,
+        settings | {"rows_per_replica": order.engine.max_num_seqs},
+        initial_replicas=_num_initial(order),
+    )
 
 
 def _exit(*_: object) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from ray import serve
 from ray.util import get_current_placement_group, get_node_ip_address
 
-from serving.deployments.directory import RENEW_S
+from serving.deployments.directory import NEWS_S, RENEW_S
 from serving.deployments.document import DIRECTORY_APP, DIRECTORY_DEPLOYMENT, ReplicaArguments
 from serving.deployments.placement import num_ranks
 from serving.deployments.ranks import RankActors
@@ -28,6 +28,8 @@ from serving.secret_file import shared_secrets
 logger = logging.getLogger("ray.serve")
 
 CALL_TIMEOUT_S: Final = 2.0
+DEMAND_PAUSE_S: Final = 0.2
+"""Between two questions for the demand, which the directory holds until there are news or a second has passed."""
 
 
 class Replica:
@@ -42,6 +44,9 @@ class Replica:
         self._server: Any = None
         self._ranks: RankActors | None = None
         self._renewal: asyncio.Task[None] | None = None
+        self._hearing: asyncio.Task[None] | None = None
+        self._demand = (-1, 0, 0.0)  # choices that wait in gateways, tokens, when they were reported; -1 = unknown
+        begun = time.monotonic()
         loop = asyncio.get_running_loop()
 
         def on_phase(name: str, seconds: float) -> None:
@@ -59,6 +64,7 @@ class Replica:
             await self._tell("report", self._id, "load", 0.0, text)
             self._kill_ranks()
             raise
+        self._start_s = time.monotonic() - begun
         await self._renew_once()
         self._renewal = asyncio.create_task(self._renew())
 
@@ -104,6 +110,37 @@ class Replica:
         if not healthy:
             raise RuntimeError(f"replica {self._id} is sick: {why}")
 
+    async def wake(self) -> None:
+        """Nothing to do: whoever calls it waits in its handle's queue until a replica runs (see the directory)."""
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks once a second where replicas are autoscaled; `serve_policy` reads it. Numbers at hand only."""
+        if self._hearing is None:
+            self._hearing = asyncio.create_task(self._hear_demand())
+        now = time.monotonic()
+        choices, tokens, told_s = self._demand
+        return {
+            **self._server.load(),
+            "mark": now,
+            "is_ready": float(self._state == "ready"),
+            "start_s": self._start_s,
+            "demand_choices": max(choices, 0),
+            "demand_tokens": tokens,
+            "demand_age_s": now - told_s if choices >= 0 else -1.0,
+        }
+
+    async def _hear_demand(self) -> None:
+        """Keeps what the directory knows of all gateways' queues: one question is always open there."""
+        news = -1
+        while True:
+            await asyncio.sleep(DEMAND_PAUSE_S)
+            with contextlib.suppress(Exception):  # what is not heard grows old, and old data change nothing
+                handle = serve.get_deployment_handle(DIRECTORY_DEPLOYMENT, DIRECTORY_APP)
+                async with asyncio.timeout(NEWS_S + CALL_TIMEOUT_S):
+                    told = await handle.demand.remote(self._server.card.model, news)
+                news = told["news"]
+                self._demand = (told["choices"], told["tokens"], time.monotonic() - told["age_s"])
+
     async def __del__(self) -> None:
         """Serve's graceful stop (C19a): say so, let the gateways move the rows, go."""
         server = getattr(self, "_server", None)
@@ -112,8 +149,9 @@ class Replica:
         self._state = "draining"
         await self._renew_once()
         await asyncio.to_thread(server.drain, self._arguments.drain_timeout_s)
-        if self._renewal is not None:
-            self._renewal.cancel()
+        for task in (self._renewal, self._hearing):
+            if task is not None:
+                task.cancel()
         await self._tell("leave", self._id)
         await asyncio.to_thread(server.close)
         self._kill_ranks()

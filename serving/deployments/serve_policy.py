@@ -1,6 +1,6 @@
 """The autoscaling policy in the words of Ray Serve 2.60: a class that its controller calls with an AutoscalingContext.
 
-Serve pickles the class of `policy_function` by value and builds it in the controller with `policy_kwargs`; the instance
+Serve imports what `policy_function` names and builds the class in the controller with `policy_kwargs`; the instance
 lives until the next change of the deployment's config. What is imported here comes by reference. Serve wraps the call:
 bounds, its own delays (0 here) and, while no replica runs, its cold-start path: 0 -> 1 when a handle has a queued call.
 
@@ -40,7 +40,7 @@ STATS: Final = (
 
 
 class QueueDelayPolicy:
-    """`policy_function: serving.deployments.serve_policy:QueueDelayPolicy`, `policy_kwargs`: of `ScalingSettings`."""
+    """`policy_function: serving.deployments.serve_policy:QueueDelayPolicy`; `policy_kwargs` are `ScalingSettings`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, **settings: Any) -> None:
         """Raises SettingsError and TypeError for kwargs that are no settings."""

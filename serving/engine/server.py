@@ -30,7 +30,7 @@ from serving.engine.held import HeldRows
 from serving.engine.output import StepOutput
 from serving.engine.permits import Permits
 from serving.engine.request import Request
-from serving.engine.stats import Start, stats_of
+from serving.engine.stats import Start, load_of, stats_of
 from serving.engine.translate import asset_pieces, to_request, to_step
 from serving.engine.watchdog import disarm, end_if_stalled
 from serving.engine.worker import Found, LoadCallback
@@ -86,6 +86,7 @@ class ReplicaServer:
         self._num_connections = 0
         self._permits = Permits(settings.max_num_seqs)
         self._beat_seq = 0
+        self._num_finished = 0  # rows
         self._is_closing = False
 
     # --- life -----------------------------------------------------------------------------------
@@ -157,6 +158,10 @@ class ReplicaServer:
         if age_s > core.limit_s:
             return False, f"the running step is {age_s:.1f} s old, announced were {core.announced_s:.3f} s"
         return True, self._state
+
+    def load(self) -> dict[str, float]:
+        """What an autoscaler needs, at hand: no wait, no arithmetic. Any thread may ask; only after `start`."""
+        return load_of(self.core, self.card, self._num_finished)
 
     def progress(self) -> list[RankState]:
         """Every rank of the gang."""
@@ -306,6 +311,7 @@ class ReplicaServer:
 
     def _emit(self, output: StepOutput) -> None:
         """One frame per connection that this step concerns."""
+        self._num_finished += len(output.finished)
         concerned = set(output.connections.tolist())
         concerned.update(connection for connection, *_ in output.finished)
         concerned.update(connection for connection, *_ in output.admitted)

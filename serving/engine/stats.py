@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from serving.engine.assembly import Engine
+from serving.engine.core import EngineCore
 from serving.engine.worker import LoadCallback
-from serving.types import ReplicaStats
+from serving.types import ModelCard, ReplicaStats
 
 _PHASES = {"weights": "weights", "kv cache": "kv_cache", "hardware limit": "limit"}
 
@@ -57,3 +58,21 @@ def stats_of(engine: Engine, start: Start) -> ReplicaStats:
         phases=list(start.phases.items()),
         weights_read_bytes=start.weights_read_bytes,
     )
+
+
+def load_of(core: EngineCore, card: ModelCard, num_finished: int) -> dict[str, float]:
+    """The numbers of a beat, by the names under which `serving/deployments/serve_policy.py` reads them.
+
+    num_finished: rows that ended here since the start.
+    """
+    scheduler = core.scheduler
+    return {
+        "running": scheduler.num_running,
+        "waiting": scheduler.num_waiting,
+        "max_num_seqs": card.max_num_seqs,
+        "blocks_used": scheduler.pool.num_owned,
+        "blocks_total": scheduler.pool.num_blocks - 1,
+        "block_size": card.block_size,
+        "finished": num_finished,
+        "tokens_per_s": core.tokens_per_s,
+    }

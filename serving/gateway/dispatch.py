@@ -14,6 +14,7 @@ from serving.config import GatewaySettings
 from serving.errors import NoCapacity, SettingsError
 from serving.gateway.assets import Assets
 from serving.gateway.connection import Connection, dial
+from serving.gateway.demand import Demand
 from serving.gateway.fleet import Replica
 from serving.gateway.link import Link
 from serving.gateway.membership import Membership
@@ -52,6 +53,8 @@ class Dispatch:
             jitter=jitter,
         )
         self._fleet = self._placement.fleet
+        self.demand = Demand(settings, clock=clock)
+        self._placement.ready_in_s = self.demand.retry_after_s
         self._assets = Assets(settings.cache_dir, self._fleet.links)
         self._membership = Membership(self._fleet, self._dial, self._opened, clock)
         self._prefetching: set[str] = set()  # fingerprints
@@ -63,6 +66,11 @@ class Dispatch:
         """Begins to connect; does not wait for a replica. Raises SettingsError for a bad endpoint."""
         self._membership.start(self._settings.replicas, self._settings.directory_url)
         self._spawn(self._tick_for_ever())
+        if self._settings.directory_url is not None:
+            reports = self.demand.report_for_ever(
+                self._settings.directory_url, self._secrets[0], self._placement.waiting
+            )
+            self._spawn(reports)
 
     async def close(self) -> None:
         """Fails what is unfinished, ends all links and tasks. Idempotent."""
@@ -158,6 +166,8 @@ class Dispatch:
         if self._placement.is_closed:
             return False, "the gateway is shutting down"
         links = list(self._fleet.all_links())
+        if self.demand.can_wake and not any(link.state == "ready" for link in links):
+            return True, ""  # it would wait in the queue for the replica that it starts
         if not links:
             known = list(self._fleet.replicas.values())
             return False, f"no replica is connected, {len(known)} known" + (f": {known[0].error}" if known else "")

@@ -90,6 +90,11 @@ class Fleet:
         models = dict.fromkeys(card.model for card in self._cards.values())
         return [card for card in map(self.card, models) if card is not None]
 
+    def model(self, fingerprint: str) -> str:
+        """The name under which it is served; "" when no such card was ever seen."""
+        card = self._cards.get(fingerprint)
+        return "" if card is None else card.model
+
     def card(self, model: str) -> ModelCard | None:
         """The fingerprint with most ready replicas of that name; among equals the latest heard of."""
         best: ModelCard | None = None

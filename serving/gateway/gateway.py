@@ -12,6 +12,7 @@ from serving.config import GatewaySettings
 from serving.errors import ModelNotFound, NoCapacity
 from serving.gateway.admission import Admission
 from serving.gateway.clock import Clock, Ids
+from serving.gateway.demand import Demand
 from serving.gateway.language import Languages
 from serving.gateway.lives import Lives
 from serving.gateway.operators import Operators
@@ -28,6 +29,8 @@ CARD_POLL_S = 0.05
 
 class DataPlane(Dispatcher, Protocol):
     """What the process as a whole needs of the data plane, beside submitting requests."""
+
+    demand: Demand
 
     async def start(self) -> None: ...
 
@@ -82,10 +85,12 @@ class Gateway:
             known = ", ".join(repr(card.model) for card in cards) or repr(served)
             raise ModelNotFound(f"The model {name[:64]!r} does not exist; served: {known}.", param="model")
         give_up_at = self.clock.monotonic() + self.settings.queue_timeout_s
-        while self.clock.monotonic() < give_up_at and is_waiting():
-            await asyncio.sleep(CARD_POLL_S)
-            card = self.dispatch.card(name)
-            if card is not None:
-                return card
+        with self.dispatch.demand.holding():
+            while self.clock.monotonic() < give_up_at and is_waiting():
+                await asyncio.sleep(CARD_POLL_S)
+                card = self.dispatch.card(name)
+                if card is not None:
+                    return card
         message = f"No replica of model {name[:64]!r} has started yet."
-        raise NoCapacity(message, retry_after_s=5.0, reason="no_endpoints")
+        retry_after_s = self.dispatch.demand.retry_after_s() or 5.0
+        raise NoCapacity(message, retry_after_s=retry_after_s, reason="no_endpoints")

@@ -91,6 +91,7 @@ class Placement:
         self._deadlines = Deadlines()
         self._lag = Lag(clock(), TICK_S)
         self.loop_lag = Histogram(LAG_SECONDS)
+        self.ready_in_s: Callable[[], float | None] = lambda: None  # until the first replica, which starts now, serves
 
     def close(self) -> None:
         """Fails what is unfinished and ends all links. Idempotent."""
@@ -171,6 +172,14 @@ class Placement:
     def num_queued(self) -> dict[str, int]:
         """Waiting choices by fingerprint."""
         return {fingerprint: len(queue) for fingerprint, queue in self._queues.items()}
+
+    def waiting(self) -> dict[str, tuple[int, int]]:
+        """(choices, prompt and journalled tokens) that wait, by model."""
+        found: dict[str, tuple[int, int]] = {}
+        for fingerprint, queue in self._queues.items():
+            choices, tokens = found.get(model := self.fleet.model(fingerprint), (0, 0))
+            found[model] = choices + len(queue), tokens + queue.num_tokens
+        return found
 
     def num_queued_tokens(self) -> dict[str, int]:
         """Prompt and journalled tokens of waiting choices by fingerprint."""
@@ -278,7 +287,7 @@ class Placement:
         if not any(self.fleet.is_fresh(link, now) for link in self.fleet.links(request.card.fingerprint)):
             return NoCapacity(
                 f"No replica became available within {waited_s:.0f} s.",
-                retry_after_s=retry_after_s,
+                retry_after_s=self.ready_in_s() or retry_after_s,
                 reason="no_endpoints",
             )
         return DeadlineExceeded(

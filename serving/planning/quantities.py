@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from serving.config import parse_bytes
+from serving.parsing import parse_bytes
 
 _FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)\s*(?:flops?|flop/s|ops?|op/s)?\s*", re.IGNORECASE)

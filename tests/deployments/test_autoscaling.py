@@ -12,7 +12,14 @@ from collections import deque
 
 import pytest
 
-from serving.deployments.autoscaling import Autoscaler, Decision, Demand, Observation, ReplicaLoad, ScalingSettings
+from serving.deployments.autoscaling import (
+    Autoscaler,
+    Decision,
+    Demand,
+    Observation,
+    ReplicaLoad,
+    ScalingSettings,
+)
 from serving.errors import SettingsError
 
 SLOTS = 8

@@ -24,6 +24,7 @@ from serving.config import GatewaySettings
 from serving.errors import ArgosyError
 from serving.gateway.app import build_app
 from serving.gateway.clock import Clock, Ids
+from serving.gateway.demand import Demand
 from serving.gateway.gateway import Gateway
 from serving.gateway.http import BoundedProtocol
 from serving.gateway.language import Language
@@ -135,6 +136,7 @@ class ScriptedPlane:
         self.refusal: ArgosyError | None = None
         self.ready: tuple[bool, str] = (True, "")
         self.queued: dict[Request, tuple[int, float]] = {}
+        self.demand = Demand(GatewaySettings(fd=-1))
         self._tasks: dict[Choice, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
