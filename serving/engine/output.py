@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -12,19 +12,23 @@ from serving.engine.request import Int32Array
 from serving.types import FinishReason, Note, StepRecord
 
 
-@dataclasses.dataclass(slots=True)
+@dataclass(slots=True)
 class StepOutput:
-    """Tokens in row order. A reader is known by its key: (connection, handle)."""
+    """Tokens in row order. A reader is known by its key: (connection, handle).
+
+    logprobs: index into tokens -> packed as in wire.Step. finished: key, reason, stop id or -1. failed: keys of rows
+    for which the model computed garbage. admitted: key, cached tokens. notes: key, kind, value.
+    """
 
     step: int
     connections: Int32Array
     handles: npt.NDArray[np.uint32]
     tokens: Int32Array
-    logprobs: Mapping[int, bytes]  # index into tokens -> packed as in wire.Step
-    finished: list[tuple[int, int, FinishReason, int]]  # connection, handle, reason, stop id or -1
-    failed: list[tuple[int, int]]  # connection, handle: the model computed garbage for this row
-    admitted: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)  # connection, handle, cached tokens
-    notes: list[tuple[int, int, Note, int]] = dataclasses.field(default_factory=list)  # connection, handle, kind, value
+    logprobs: Mapping[int, bytes]
+    finished: list[tuple[int, int, FinishReason, int]] = field(default_factory=list)
+    failed: list[tuple[int, int]] = field(default_factory=list)
+    admitted: list[tuple[int, int, int]] = field(default_factory=list)
+    notes: list[tuple[int, int, Note, int]] = field(default_factory=list)
     record: StepRecord | None = None
 
 

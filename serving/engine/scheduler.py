@@ -298,8 +298,6 @@ class Scheduler:
             handles=rows.handle[slots[live]],
             tokens=ids[live],
             logprobs=renumber(logprobs, live) if logprobs else {},
-            finished=[],
-            failed=[],
         )
         self._notes.hand_over(output, plan, rows)
         self._commit(plan.slots)

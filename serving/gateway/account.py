@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from serving.gateway.life import ChoiceLife, Event, Life
+from serving.gateway.choice_life import ChoiceLife, Event
+from serving.gateway.life import Life
 
 
 def account(life: Life, now: float) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Exchange:
             self._dispatcher.cancel(choice)
         reason = rendering.continuation.finish_reason or "unknown"
         self.meter.on_choice_end(reason, choice.num_resumes)
-        choice.life.end(self._time(), "finished", {"reason": reason, "tokens": rendering.continuation.num_tokens})
+        choice.life.finish(self._time(), reason, rendering.continuation.num_tokens)
 
     def close(self, is_disconnect: bool, failure: ArgosyError | None = None) -> None:
         """Measure the request's end and close the account of its life. Idempotent.
@@ -153,7 +153,7 @@ class Exchange:
         cached_tokens = sum(choice.cached_tokens or 0 for choice in choices)
         now = self._time()
         self.meter.on_end(now, prompt_tokens, cached_tokens, is_disconnect)
-        self._life.end(now, failure or self.failure, has_left=is_disconnect, cached_tokens=cached_tokens)
+        self._life.end(now, failure or self.failure, has_left=is_disconnect)
 
     def fail(self, error: ArgosyError) -> None:
         """Have `render` raise this once it has nothing else to show."""

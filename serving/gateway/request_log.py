@@ -79,22 +79,8 @@ def status_of(life: Life) -> int:
     return CLIENT_LEFT if life.has_left else 200
 
 
-def usage_of(life: Life) -> tuple[int, int, int]:
-    """(prompt, completion, cached) tokens as the reply's usage counts them (usage.py): a prompt once, however many
-    choices continue it, and of a choice what was rendered, not what came beyond a stop string."""
-    completion = cached = 0
-    for choice in life.choices:
-        told = choice.events[-1].detail.get("tokens") if choice.state == "finished" else None
-        completion += choice.num_tokens if told is None else int(told)
-    for choice in life.choices[:: max(life.n, 1)]:
-        admitted = next((event for event in choice.events if event.kind == "admitted"), None)
-        cached += int(admitted.detail["cached_tokens"]) if admitted is not None else 0
-    return life.num_prompt_tokens // max(life.n, 1), completion, cached
-
-
 def fields_of(life: Life) -> dict[str, Any]:
     """What the line says; absent = not known."""
-    prompt_tokens, completion_tokens, cached_tokens = usage_of(life)
     summary = life.summary()
     fields: dict[str, Any] = {
         "event": "request",
@@ -104,9 +90,9 @@ def fields_of(life: Life) -> dict[str, Any]:
         "model": life.model,
         "state": life.state,
         "status": status_of(life),
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "cached_tokens": cached_tokens,
+        "prompt_tokens": life.num_prompt_tokens,
+        "completion_tokens": life.num_tokens,
+        "cached_tokens": life.cached_tokens,
         "e2e_ms": _ms((life.ended or life.arrived) - life.arrived),
         "resumes": summary["num_resumes"],
         "preemptions": summary["num_preemptions"],

@@ -19,7 +19,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Final
 
-from serving.gateway.life import ChoiceLife, Detail, Event, Life
+from serving.gateway.choice_life import ChoiceLife, Detail, Event
+from serving.gateway.life import Life
 
 MAX_CHOICES: Final = 16
 """Of one request that have spans; the request's own span counts the others."""

@@ -58,7 +58,7 @@ class StepLog:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GapCause:
-    """Why two tokens stood apart. kind: a word of `life.GAP_CAUSES`; detail: the same in a sentence."""
+    """Why two tokens stood apart. kind: a word of `choice_life.GAP_CAUSES`; detail: the same in a sentence."""
 
     kind: str
     detail: str

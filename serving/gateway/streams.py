@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from serving.errors import ArgosyError
-from serving.gateway.life import ChoiceLife
+from serving.gateway.choice_life import ChoiceLife
 from serving.types import FinishReason, ModelCard, SamplingParams
 
 

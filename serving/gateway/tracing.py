@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from starlette.datastructures import Headers
 
 from serving.gateway.life import Life
-from serving.gateway.request_log import status_of, usage_of
+from serving.gateway.request_log import status_of
 from serving.gateway.spans import Part, parts_of
 
 if TYPE_CHECKING:
@@ -199,7 +199,6 @@ def _fill(span: Any, part: Part, offset: float) -> None:
 
 def _attributes(life: Life) -> dict[str, Any]:
     """Of the request's own span: OpenTelemetry's conventions for HTTP and generative AI, and ours beside them."""
-    prompt_tokens, completion_tokens, cached_tokens = usage_of(life)
     summary = life.summary()
     found: dict[str, Any] = {
         "http.request.method": "POST",
@@ -222,9 +221,9 @@ def _attributes(life: Life) -> dict[str, Any]:
             "gen_ai.response.model": life.model,
             "gen_ai.response.id": life.id,
             "gen_ai.request.choice.count": life.n,
-            "gen_ai.usage.input_tokens": prompt_tokens,
-            "gen_ai.usage.output_tokens": completion_tokens,
-            "gen_ai.usage.cache_read.input_tokens": cached_tokens,
+            "gen_ai.usage.input_tokens": life.num_prompt_tokens,
+            "gen_ai.usage.output_tokens": life.num_tokens,
+            "gen_ai.usage.cache_read.input_tokens": life.cached_tokens,
             "argosy.fingerprint": life.fingerprint,
             "argosy.replica": life.replica,
         }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 from serving.errors import ArgosyError, EngineError, ModelNotFound, NoCapacity
-from serving.gateway.life import ChoiceLife, Life
+from serving.gateway.choice_life import ChoiceLife
+from serving.gateway.life import Life
 from serving.gateway.steps import StepLog
 from serving.types import Note, StepRecord, Wait
 
@@ -22,7 +23,7 @@ def a_life(
         life.end(ARRIVED + seconds, error, has_left=False)
         return life
     life.id, life.model, life.fingerprint, life.n = "cmpl-1", "tiny", "f00d", n
-    life.num_prompt_tokens, life.is_stream = 12 * n, True
+    life.num_prompt_tokens, life.is_stream = 12, True
     life.choices = [ChoiceLife() for _ in range(n)]
     for choice in life.choices:
         steps = StepLog()
@@ -38,10 +39,10 @@ def a_life(
         choice.sent(ARRIVED + 0.6, "replica-1", 2)
         choice.grew(ARRIVED + 0.7, 3, steps)
         if error is None:
-            choice.end(ARRIVED + 0.8, "finished", {"reason": "length"})
+            choice.finish(ARRIVED + 0.8, "length", choice.num_tokens)
         else:
             choice.end(ARRIVED + 0.8, "failed", {"code": error.error_code})
-    life.end(ARRIVED + seconds, error, has_left=False, cached_tokens=4 * n)
+    life.end(ARRIVED + seconds, error, has_left=False)
     return life
 
 
@@ -102,7 +103,7 @@ def random_life(seed: int) -> Life:
                 num_tokens += draw.randrange(1, 4)
                 choice.grew(later(), num_tokens, steps)
         if draw.random() < 0.7:
-            choice.end(later(), "finished", {"reason": "stop"})
+            choice.finish(later(), "stop", choice.num_tokens)
     error = draw.choice((None, None, NoCapacity("full", reason="saturated"), EngineError("broken")))
     life.end(later(), error, has_left=draw.random() < 0.2)
     return life

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 
 from serving.gateway.account import account
+from serving.gateway.choice_life import MAX_CHUNKS, MAX_EVENTS, ChoiceLife, Event
 from serving.gateway.chrome import chrome_trace
-from serving.gateway.life import MAX_CHUNKS, MAX_EVENTS, ChoiceLife, Event, Life
+from serving.gateway.life import Life
 from serving.gateway.steps import SeenStep, StepLog
 from serving.types import Wait
 from tests.gateway.test_steps import record, seen
@@ -48,7 +49,7 @@ def test_the_life_of_a_plain_choice() -> None:
     for _ in range(9):
         replica.token(life)
     assert life.state == "decode"
-    life.end(replica.now, "finished", {"reason": "stop"})
+    life.finish(replica.now, "stop", life.num_tokens)
     assert kinds(life) == ["queued", "sent", "chunk", "admitted", "decode", "finished"]
     queued, _, chunk, admitted, decode, _ = life.events
     assert (queued.seconds, queued.detail) == (1.0, {"why": "no_permit", "position": 3, "tokens_ahead": 700})
@@ -95,7 +96,7 @@ def test_gaps_of_one_cause_with_a_token_between_them_are_one_event() -> None:
         replica.token(life, 0.2 + (at == 17) * 0.1, num_prefill_tokens=255)
     for _ in range(20):
         replica.token(life)
-    life.end(replica.now, "finished", {"reason": "length"})
+    life.finish(replica.now, "length", life.num_tokens)
     assert kinds(life) == ["decode", "gap", "decode", "finished"]
     gap = life.events[1]
     assert gap.detail["gaps"] == life.num_gaps == 30
@@ -164,7 +165,7 @@ def test_a_life_stays_small_and_in_order_whatever_happens() -> None:
                 case _:
                     replica.token(life, draw.choice((0.01, 0.01, 0.5)))
         life.end(replica.now, "cancelled", {})
-        life.end(replica.now, "finished", {"reason": "stop"})
+        life.finish(replica.now, "stop", life.num_tokens)
         assert len(life.events) == MAX_EVENTS and life.num_events_left_out > 0
         assert life.events[-1].kind == life.state == "cancelled", "the first end counts, and is always told"
         assert all(event.at <= event.until <= replica.now for event in life.events)
@@ -193,8 +194,8 @@ def test_the_account_tells_where_the_time_went() -> None:
     assert now["choices"][0]["events"][-1] == {
         "kind": "decode", "at_s": 0.12, "for_s": 0.02, "tokens": 2, "first_step": -1, "last_step": -1,
     }  # fmt: skip
-    life.choices[0].end(10.15, "finished", {"reason": "stop"})
-    life.end(10.16, None, has_left=False, cached_tokens=0)
+    life.choices[0].finish(10.15, "stop", life.choices[0].num_tokens)
+    life.end(10.16, None, has_left=False)
     found = account(life, 99.0)
     assert (found["state"], found["elapsed_s"], found["error"]) == ("finished", 0.16, None)
     assert found["summary"] == {

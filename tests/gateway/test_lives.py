@@ -8,7 +8,8 @@ import random
 import pytest
 
 from serving.errors import NoCapacity
-from serving.gateway.life import ChoiceLife, Event, Life
+from serving.gateway.choice_life import ChoiceLife, Event
+from serving.gateway.life import Life
 from serving.gateway.lives import Lives
 
 _numbers = itertools.count()

@@ -31,7 +31,8 @@ def test_a_request_is_found_by_the_id_of_its_body_and_by_its_x_request_id() -> N
         assert account == world.get("/v1/requests/mine").json()
     assert account["state"] == "finished" and account["request_id"] == "mine"
     assert (account["endpoint"], account["model"], account["n"]) == ("/v1/completions", MODEL, 2)
-    assert account["prompt_tokens"] == 8, "of every choice, as it was sent to replicas"
+    assert account["prompt_tokens"] == body["usage"]["prompt_tokens"] == 4, "a prompt once, however many choices"
+    assert account["completion_tokens"] == body["usage"]["completion_tokens"]
     assert [choice["finish_reason"] for choice in account["choices"]] == ["stop"] * 4
     assert [event["kind"] for event in account["events"]][-1] == "tokenised"
     assert account["elapsed_s"] >= account["summary"].get("time_to_first_token_s", 0.0)

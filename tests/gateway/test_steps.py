@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.gateway.life import GAP_CAUSES
+from serving.gateway.choice_life import GAP_CAUSES
 from serving.gateway.steps import SeenStep, StepLog, gap_cause
 from serving.types import StepRecord
 

@@ -160,7 +160,7 @@ def test_the_account_of_every_choice_adds_up(tmp_path: Path) -> None:
     waits, preemptions = Counter[str](), 0
     for choice in choices:
         life = choice.life
-        life.end(max(event.until for event in life.events), "finished", {"reason": "length"})
+        life.finish(max(event.until for event in life.events), "length", life.num_tokens)
         assert life.num_events_left_out == 0
         told = {kind: [event for event in life.events if event.kind == kind] for kind in KINDS}
         assert sum(map(len, told.values())) == len(life.events), "a kind that nobody knows"

@@ -151,7 +151,7 @@ def _introduce(life: Life, request: Request, generation: Generation) -> None:
     life.is_stream = generation.stream
     life.n = generation.n
     life.priority = request.priority
-    life.num_prompt_tokens = sum(len(choice.prompt_ids) // 4 for choice in request.choices)
+    life.num_prompt_tokens = sum(len(choice.prompt_ids) // 4 for choice in request.choices[:: generation.n])
     life.choices = [choice.life for choice in request.choices]
 
 
