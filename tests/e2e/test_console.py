@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.browser import CHROMIUM, Browser, Page, a_browser
+from tests.e2e.playground import fill, open_playground, send, shown_tokens
 from tests.e2e.service import Service, serving
 from tests.tiny import tiny_model_folder
 
@@ -56,33 +57,6 @@ def page(service: Service, browser: Browser) -> Iterator[Page]:
     assert page.problems == []
     assert page.urls and all(re.match(rf"{re.escape(service.url)}/|blob:", url) for url in page.urls), page.urls
     page.close()
-
-
-def open_playground(page: Page, kind: str, prompt: str, **fields: Any) -> None:
-    page.value("location.hash = '#playground'")
-    page.until("document.getElementById('p-model').value")
-    page.value(f"document.querySelector('[name=kind][value={kind}]').click()")
-    for name, value in {"prompt": prompt, **fields}.items():
-        fill(page, name, str(value))
-
-
-def fill(page: Page, name: str, value: str) -> None:
-    field = f"document.querySelector('#ask [name={name}]')"
-    page.value(f"{field}.value = {json.dumps(value)}, {field}.dispatchEvent(new Event('input', {{bubbles: true}}))")
-
-
-def send(page: Page) -> None:
-    """From the keyboard; waits for the end of the answer."""
-    page.value("document.querySelector('#ask [name=prompt]').focus()")
-    page.press("Enter", ctrl=True)
-    page.until("!document.getElementById('send').disabled")
-
-
-def shown_tokens(page: Page) -> list[list[Any]]:
-    """[token, log-probability] of every token of the last answer."""
-    spans = "[...document.querySelectorAll('.turn:last-child .text span')]"
-    shown: list[list[Any]] = page.value(f"{spans}.flatMap((span) => JSON.parse(span.dataset.logprobs))")
-    return shown
 
 
 def test_every_view_is_reached_by_keys_and_renders_in_both_themes(page: Page) -> None:
@@ -180,29 +154,6 @@ def test_errors_are_the_servers_and_name_the_field(page: Page) -> None:
     assert 3 < page.value("document.querySelectorAll('.turn .text span').length") < 400
 
 
-def test_markup_stays_text_wherever_it_comes_from(page: Page, service: Service) -> None:
-    markup = "<img src=x onerror=alert(1)><script>alert(2)</script>"
-    open_playground(page, "completion", markup, max_tokens=1)
-    send(page)
-    assert markup in page.text(".turn .asked")
-    # What a model would have said: the path from the stream to the page is the same for every text.
-    page.value(
-        "import('./console/tokens.js').then(({Answer}) => { const answer = new Answer('x'); const text ="
-        f" {json.dumps(markup)}; answer.add({{text, tokens: []}}); answer.add({{text, tokens: [{{token: text, logprob:"
-        " -1, top: [[text, -1]]}]}); document.querySelector('.turn').append(answer.node); answer.node.focus(); })"
-    )
-    page.press("ArrowRight")
-    assert page.text(".turn > .text") == 2 * markup
-    assert markup in page.text("#popup").replace("␣", " ")
-    assert page.value("document.querySelectorAll('main img, main script, #popup img').length") == 0
-    assert page.value("document.querySelectorAll('script:not([src])').length") == 0
-    refused = page.value(
-        "(() => { try { document.body.innerHTML = '<b>x</b>' } catch (error) { return error.name } })()"
-    )
-    assert refused == "TypeError"  # and if a line of the page ever tried, the browser would not let it
-    page.problems.clear()
-
-
 def test_a_timeline_opens_from_the_keyboard_alone(page: Page, service: Service) -> None:
     body = {"model": MODEL, "prompt": "the sea " * 40, "max_tokens": 30, "ignore_eos": True, "n": 2}
     found = service.http.post("/v1/completions", json=body, headers={"x-request-id": "a-request-to-find"}).json()
@@ -284,79 +235,6 @@ def test_load_shows_in_figures_and_lines(page: Page, service: Service) -> None:
     page.until(f"{tile.format('Running')} === '0'")
     counted = service.http.get("/console/state").json()["models"][MODEL]["generation_tokens"]
     page.until(f"document.getElementById('counts').textContent.includes('output tokens{counted:,}')")
-
-
-def test_a_hidden_page_asks_nothing(page: Page) -> None:
-    def hide(is_hidden: bool) -> None:
-        hidden = json.dumps(is_hidden)
-        page.value(f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}})")
-        page.value("document.dispatchEvent(new Event('visibilitychange'))")
-
-    hide(True)
-    page.until("document.body.dataset.link === 'paused'")
-    time.sleep(0.2)  # what was on its way
-    num_asked = len(page.urls)
-    time.sleep(1.3)
-    assert page.value("1") and len(page.urls) == num_asked
-    hide(False)
-    page.until("document.body.dataset.link === 'live'")
-    assert len(page.urls) > num_asked
-
-
-def test_an_hour_of_polls_is_kept_in_bounds_and_counted_right(page: Page, service: Service) -> None:
-    """Made-up states: 100 tokens/s, then a restart of the gateway; first tokens after 30 ms, some after 10 minutes."""
-    state = service.http.get("/console/state").json()
-    found = page.value(
-        f"""import('./console/history.js').then(({{History, quantile}}) => {{
-          const state = {json.dumps(state)};
-          const history = new History();
-          const model = state.models[{json.dumps(MODEL)}];
-          const first = model.time_to_first_token.counts;
-          const zero = first.map(() => 0);
-          const rates = [];
-          for (let at = 0; at < 3600; at += 1) {{
-            const uptime_s = at < 3000 ? 100 + at : at - 2990;
-            const counts = zero.with(3, 9 * uptime_s).with(-1, uptime_s);
-            history.add({{
-              ...state, now: state.now + at, gateway: {{...state.gateway, uptime_s}},
-              models: {{[{json.dumps(MODEL)}]: {{...model, generation_tokens: 100 * uptime_s,
-                time_to_first_token: {{counts, sum: 1}}}}}},
-            }});
-            rates.push(history.samples.at(-1).output);
-          }}
-          return {{
-            samples: history.samples.length, documents: history.documents.length, rates: [...new Set(rates.map((rate) => rate && Math.round(rate)))],
-            ttft: history.samples.at(-1).ttft, none: quantile([1, 2], [0, 0, 0], 0.5),
-            within: quantile([1, 2], [0, 4, 0], 0.5),
-          }};
-        }})"""
-    )
-    assert found["samples"] == 600 and found["documents"] <= 12
-    assert found["rates"] == [None, 100]
-    assert 0.02 <= found["ttft"][0] <= 0.04 and found["ttft"][2] == 600.0
-    assert found["none"] is None and found["within"] == 1.5
-
-
-def test_events_are_cut_right_wherever_the_stream_is_torn(page: Page) -> None:
-    text = 'data: {"a": "é→🚢"}\r\n\r\n: queue position=3\n\ndata: x\ndata: y\n\nevent: z\ndata:no space\n\n'
-    text += "data: [DONE]\n\n"
-    wanted = [{"data": '{"a": "é→🚢"}'}, {"comment": "queue position=3"}, {"data": "x\ny"}, {"data": "no space"}]
-    found = page.value(
-        f"""import('./console/stream.js').then(({{EventCutter}}) => {{
-          const bytes = new TextEncoder().encode({json.dumps(text)});
-          const all = [];
-          for (let at = 0; at <= bytes.length; at += 1) {{
-            const decoder = new TextDecoder();
-            const cutter = new EventCutter();
-            const events = [];
-            for (const part of [bytes.slice(0, at), bytes.slice(at)])
-              events.push(...cutter.feed(decoder.decode(part, {{stream: true}})));
-            all.push(JSON.stringify(events));
-          }}
-          return [...new Set(all)];
-        }})"""
-    )
-    assert [json.loads(events) for events in found] == [[*wanted, {"data": "[DONE]"}]]
 
 
 def test_a_stranger_is_asked_for_the_token(service: Service, browser: Browser) -> None:

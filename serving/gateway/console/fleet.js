@@ -7,6 +7,7 @@ import { NONE, bytes, clock, figure, lasting, percent, plural, seconds } from ".
 const LATE_S = 0.75; // a beat comes ten times a second
 const SPARKS = 90;
 const MAX_NEWS = 60;
+const TOO_LOW = "limit measured too low"; // at the start of the replica, by a machine that was busy
 const WORDS = { ready: "ready", loading: "loading", draining: "draining", down: "down", stalled: "stalled", late: "late" };
 
 /** State as the page shows it: what the gateway calls it, and two words of ours. */
@@ -43,7 +44,7 @@ export class Fleet {
       ["Output", figure(sample.output), "tokens/s"],
       ["Prefill", figure(sample.prefill), "prompt tokens/s"],
       ["KV", percent(sample.kv), "of the blocks in use"],
-      ["Of the limit", percent(sample.limit), sample.limit === null ? "at rest" : "of what the hardware allows"],
+      ["Of the limit", percent(sample.limit), sample.limit === null ? "at rest" : sample.limit > 1 ? TOO_LOW : "of what the hardware allows"],
     ]);
     return { ready, known: state.num_replicas };
   }
@@ -121,7 +122,7 @@ class Card {
     this.blocks.update(replica.blocks_used, replica.blocks_total, `${percent(replica.blocks_used / replica.blocks_total)} · ${figure(replica.blocks_used)} of ${figure(replica.blocks_total)}`);
     const isAtRest = !rates?.steps;
     const fraction = stats?.hardware_fraction;
-    this.limit.update(fraction ?? 0, 1, typeof fraction !== "number" ? "the limit is not known" : `${percent(fraction)}${isAtRest ? " when it last worked" : ""}`, isAtRest);
+    this.limit.update(fraction ?? 0, 1, typeof fraction !== "number" ? "the limit is not known" : `${percent(fraction)}${fraction > 1 ? `, ${TOO_LOW}` : isAtRest ? " when it last worked" : ""}`, isAtRest);
     this.#facts(replica, stats, rates);
     this.#ranks(replica);
   }

@@ -47,7 +47,7 @@ export class Live {
       ["Running", figure(sample.running), `${figure(sample.waiting)} without a token`],
       ["Queued", figure(sample.queued), `queue p99 ${seconds(sample.queue[2])}`],
       ["Requests ended", figure(sample.ended), "per second"],
-      ["Errors", figure(sample.errors), `per second, ${figure(sample.sheds)} no capacity`],
+      ["Errors", figure(sample.errors), "per second"],
     ]);
     for (const chart of this.charts) chart.update(history.samples);
     this.#counts(history.latest, sample);

@@ -137,6 +137,7 @@ export class Playground {
     while (talk.children.length >= MAX_TURNS) talk.firstChild.remove();
     talk.append(run.node);
     this.#note(run, "sent");
+    this.#showCurl(); // stays as it was sent until something is typed
     this.ticking = setInterval(() => this.#measure(run), 200);
   }
 
@@ -146,7 +147,9 @@ export class Playground {
       run.answers.set(piece.index, answer);
       const end = h("span", { class: "end muted" });
       run.ends.add({ index: piece.index, end });
-      run.choices.append(h("div", { class: "choice", data: { choice: piece.index } }, h("p", { class: "muted" }, `choice ${piece.index} `, end), answer.node));
+      const node = h("div", { class: "choice", data: { choice: piece.index } }, h("p", { class: "muted" }, `choice ${piece.index} `, end), answer.node);
+      const next = [...run.choices.children].find((other) => Number(other.dataset.choice) > piece.index);
+      run.choices.insertBefore(node, next ?? null);
     }
     if (piece.text || piece.tokens.length) {
       run.answers.get(piece.index).add(piece);
@@ -219,7 +222,6 @@ export class Playground {
     find("send").disabled = false;
     find("stop").disabled = true;
     this.#note(run, run.ended);
-    this.#showCurl();
   }
 
   #showKind() {
