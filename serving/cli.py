@@ -277,6 +277,14 @@ def loadtest(context: typer.Context) -> None:
     raise typer.Exit(importlib.import_module("loadtest.command").main(list(context.args)))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def k8s(context: typer.Context) -> None:
+    """Deploy to a Kubernetes cluster and operate it; --help lists the commands."""
+    import importlib
+
+    raise typer.Exit(importlib.import_module("k8s.tool.commands").main(list(context.args)))
+
+
 @app.command()
 def metrics(
     kind: Annotated[

@@ -78,6 +78,11 @@ class Cluster:
     def address(self) -> str:
         return str(self._api.configuration.host)
 
+    @property
+    def api(self) -> Any:
+        """kubernetes.client.ApiClient, for what is no plain request."""
+        return self._api
+
     def close(self) -> None:
         self._api.rest_client.close()
 
@@ -124,7 +129,7 @@ class Cluster:
         """(ADDED | MODIFIED | DELETED | BOOKMARK, object) until the server ends the watch, at the latest after
         WATCH_S, or `stop` is set. Raises ApiError with status 410 when `version` is too old: list again."""
         action = f"watch {kind.resource} in {namespace or 'all namespaces'}"
-        query = [("watch", "1"), ("timeoutSeconds", str(WATCH_S)), ("allowWatchBookmarks", "true")]
+        query = [("watch", "true"), ("timeoutSeconds", str(WATCH_S)), ("allowWatchBookmarks", "true")]
         query += [(key, value) for key, value in (("resourceVersion", version), ("labelSelector", labels)) if value]
         response = self._send("GET", kind.path(namespace), query, None, "", (self.timeout_s, WATCH_S + 10.0), action)
         if response.status != 200:
@@ -141,7 +146,7 @@ class Cluster:
                         action, int(thing.get("code") or 500), str(thing.get("reason")), str(thing.get("message"))
                     )
                 yield str(event.get("type")), {"apiVersion": kind.api_version, "kind": kind.name, **thing}
-        except (OSError, ValueError, _http_error()) as error:
+        except (OSError, ValueError, http_error()) as error:
             if not stop.is_set():
                 raise ApiError(action, 0, "Disconnected", f"the watch broke: {error}") from None
         finally:
@@ -170,9 +175,10 @@ class Cluster:
         """v1.36.2, as the server calls itself."""
         return str(self._ask("GET", "/version", "ask for the server's version").get("gitVersion", ""))
 
-    def raw(self, path: str, query: list[tuple[str, str]] | None = None) -> Object:
-        """Any path that answers with JSON."""
-        return self._ask("GET", path, f"get {path}", query)
+    def raw(self, path: str, *, timeout_s: float | None = None) -> Object:
+        """Any path that answers with JSON; asked once."""
+        deadline = time.monotonic() + (timeout_s or self.timeout_s)
+        return self._ask("GET", path, f"get {path}", deadline=deadline, repeats=False)
 
     # --- writing ------------------------------------------------------------------------------
 
@@ -221,38 +227,6 @@ class Cluster:
         path = POD.path(namespace, name, "eviction")
         self._ask("POST", path, f"evict Pod {name}", body=body, repeats=False)
 
-    def run_in(self, pod: str, namespace: str, container: str, command: list[str], timeout_s: float) -> str:
-        """What a command in a container prints. Raises ApiError with what it said when it fails or does not end."""
-        from kubernetes import client
-        from kubernetes.client.exceptions import ApiException
-        from kubernetes.stream import stream
-        from websocket import WebSocketException
-
-        action = f"run {command[0]} in Pod {pod}"
-        call = client.CoreV1Api(self._api).connect_get_namespaced_pod_exec
-        channel: Any = None
-        try:
-            channel = stream(
-                call, pod, namespace, container=container, command=command, stdout=True, stderr=True,
-                stdin=False, tty=False, _preload_content=False, _request_timeout=timeout_s,
-            )  # fmt: skip
-            channel.run_forever(timeout=timeout_s)
-            if channel.is_open():
-                raise DeadlineError(f"{action}: no end within {timeout_s:g} s")
-            printed, complaint = channel.read_stdout(0), channel.read_stderr(0)
-            code = channel.returncode
-        except ApiException as error:
-            status = int(error.status or 0)
-            raise ApiError(action, status, "Refused", _first_line(error.reason or error.body or "")) from None
-        except (OSError, WebSocketException, TypeError, KeyError) as error:
-            raise ApiError(action, 0, "Disconnected", str(error)) from None
-        finally:
-            if channel is not None:
-                channel.close()
-        if code:
-            raise ApiError(action, 0, "Failed", f"exit code {code}: {_first_line(complaint or printed)}")
-        return str(printed)
-
     # --- one call -----------------------------------------------------------------------------
 
     def _ask(
@@ -277,8 +251,8 @@ class Cluster:
             try:
                 response = self._send(method, path, query, body, content, (left_s, left_s), action)
                 text = _read(response, deadline)
-            except (OSError, _http_error()) as error:
-                last = _first_line(str(error)) or type(error).__name__
+            except (OSError, http_error()) as error:
+                last = first_line(str(error)) or type(error).__name__
                 if "timed out" in last.lower():
                     break
                 if not is_idempotent:
@@ -326,7 +300,7 @@ class Cluster:
         except Exception as error:
             if type(error).__name__ != "ApiException":
                 raise
-            raise ApiError(action, 0, "TLS", _first_line(getattr(error, "reason", "") or str(error))) from None
+            raise ApiError(action, 0, "TLS", first_line(getattr(error, "reason", "") or str(error))) from None
 
     def _refuse(self, action: str, status: int, text: str, response: Any) -> None:
         try:
@@ -335,14 +309,14 @@ class Cluster:
             said = {}
         if not isinstance(said, dict):
             said = {}
-        message = str(said.get("message") or _first_line(text))
+        message = str(said.get("message") or first_line(text))
         reason = str(said.get("reason") or response.reason or "")
         if status == 403:
             message += "; ask for a Role that allows it"
         raise ApiError(action, status, reason, message)
 
 
-def _http_error() -> type[Exception]:
+def http_error() -> type[Exception]:
     from urllib3.exceptions import HTTPError
 
     return HTTPError
@@ -393,5 +367,5 @@ def _retry_after(header: str | None) -> float:
         return 0.0
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
     return text.strip().partition("\n")[0][:300]

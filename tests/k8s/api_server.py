@@ -16,9 +16,7 @@ import datetime
 import fnmatch
 import itertools
 import json
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import aiohttp.web
@@ -26,52 +24,11 @@ import jsonpatch
 import kmock
 import yaml
 
-Object = dict[str, Any]
+from tests.k8s.api_json import CLUSTER_SCOPED, PLURALS, Object, chosen, laid, leaves, merge, remove, without_identity
+
 Exec = Callable[[str, str, list[str]], tuple[int, str]]
 """(pod, container, command) -> (exit code, what it prints)."""
 
-PLURALS = {
-    "Namespace": "v1/namespaces",
-    "Node": "v1/nodes",
-    "Pod": "v1/pods",
-    "Event": "v1/events",
-    "Secret": "v1/secrets",
-    "ConfigMap": "v1/configmaps",
-    "Service": "v1/services",
-    "ServiceAccount": "v1/serviceaccounts",
-    "PersistentVolumeClaim": "v1/persistentvolumeclaims",
-    "ResourceQuota": "v1/resourcequotas",
-    "LimitRange": "v1/limitranges",
-    "Deployment": "apps/v1/deployments",
-    "DaemonSet": "apps/v1/daemonsets",
-    "Job": "batch/v1/jobs",
-    "HorizontalPodAutoscaler": "autoscaling/v2/horizontalpodautoscalers",
-    "PodDisruptionBudget": "policy/v1/poddisruptionbudgets",
-    "NetworkPolicy": "networking.k8s.io/v1/networkpolicies",
-    "PriorityClass": "scheduling.k8s.io/v1/priorityclasses",
-    "StorageClass": "storage.k8s.io/v1/storageclasses",
-    "ClusterRole": "rbac.authorization.k8s.io/v1/clusterroles",
-    "ClusterRoleBinding": "rbac.authorization.k8s.io/v1/clusterrolebindings",
-    "EndpointSlice": "discovery.k8s.io/v1/endpointslices",
-    "CustomResourceDefinition": "apiextensions.k8s.io/v1/customresourcedefinitions",
-    "APIService": "apiregistration.k8s.io/v1/apiservices",
-    "RayService": "ray.io/v1/rayservices",
-    "RayCluster": "ray.io/v1/rayclusters",
-    "ScaledObject": "keda.sh/v1alpha1/scaledobjects",
-    "ServiceMonitor": "monitoring.coreos.com/v1/servicemonitors",
-    "PodMonitor": "monitoring.coreos.com/v1/podmonitors",
-    "PrometheusRule": "monitoring.coreos.com/v1/prometheusrules",
-}
-CLUSTER_SCOPED = (
-    "APIService",
-    "ClusterRole",
-    "ClusterRoleBinding",
-    "CustomResourceDefinition",
-    "Namespace",
-    "Node",
-    "PriorityClass",
-    "StorageClass",
-)
 VERSION = "v1.36.2"
 
 
@@ -264,7 +221,7 @@ class ApiServer(kmock.KubernetesEmulator):
             return _status(404, f"{call.name} not found", reason="NotFound")
         body = call.body
         try:
-            new = jsonpatch.apply_patch(old, body) if isinstance(body, list) else _merge(old, body)
+            new = jsonpatch.apply_patch(old, body) if isinstance(body, list) else merge(old, body)
         except jsonpatch.JsonPatchException as error:
             return _status(422, f"the patch does not fit: {error}", reason="Invalid")
         if new["metadata"].get("resourceVersion") != old["metadata"]["resourceVersion"]:
@@ -280,10 +237,10 @@ class ApiServer(kmock.KubernetesEmulator):
         if not is_global and self.find("Namespace", namespace) is None and not self.state.has_any_namespace:
             return _status(404, f'namespaces "{namespace}" not found', reason="NotFound")
         manager = (call.params["fieldManager"], "Apply")
-        wanted = dict(_leaves(_without_identity(thing)))
+        wanted = dict(leaves(without_identity(thing)))
         key = _key(thing)
         owners = self.state.owners.setdefault(key, {}) if not is_dry else dict(self.state.owners.get(key, {}))
-        before = dict(_leaves(_without_identity(old or {})))
+        before = dict(leaves(without_identity(old or {})))
         taken = [
             (path, owner)
             for path, value in wanted.items()
@@ -302,11 +259,11 @@ class ApiServer(kmock.KubernetesEmulator):
             if manager in held and path not in wanted:
                 held = held - {manager}
                 if not held:
-                    _remove(new, path)
+                    remove(new, path)
                     owners.pop(path)
                 elif not is_dry:
                     owners[path] = held
-        new = _laid(new, thing)
+        new = laid(new, thing)
         if is_dry:
             new["metadata"].setdefault("resourceVersion", "0")
             return aiohttp.web.json_response(new, status=200 if old else 201)
@@ -317,8 +274,8 @@ class ApiServer(kmock.KubernetesEmulator):
 
     def _own(self, thing: Object, manager: str, operation: str, old: Object | None = None) -> None:
         owners = self.state.owners.setdefault(_key(thing), {})
-        before = dict(_leaves(_without_identity(old or {})))
-        for path, value in _leaves(_without_identity(thing)):
+        before = dict(leaves(without_identity(old or {})))
+        for path, value in leaves(without_identity(thing)):
             if before.get(path) != value:
                 owners[path] = frozenset({(manager, operation)})
 
@@ -344,7 +301,7 @@ class ApiServer(kmock.KubernetesEmulator):
     # --- reading ------------------------------------------------------------------------------
 
     async def _serve_list(self, request: Any) -> Object:
-        items = [thing for thing in self.all(_kind(request), request.namespace) if _chosen(thing, request.params)]
+        items = [thing for thing in self.all(_kind(request), request.namespace) if chosen(thing, request.params)]
         if self.state.page_size:
             start = int(request.params.get("continue", 0))
             after = start + self.state.page_size
@@ -368,11 +325,11 @@ class ApiServer(kmock.KubernetesEmulator):
                 yield {"type": "ERROR", "object": gone}
                 return
             for event in first:
-                if _chosen(event["object"], request.params):
+                if chosen(event["object"], request.params):
                     yield event
             while (event := await queue.get()) is not None:
                 place = event["object"]["metadata"].get("namespace")
-                if request.namespace in (None, place) and _chosen(event["object"], request.params):
+                if request.namespace in (None, place) and chosen(event["object"], request.params):
                     yield event
         finally:
             fan.queues.discard(queue)
@@ -435,66 +392,6 @@ class State:
         self.pages: dict[str, Any] = {}
 
 
-# --- JSON ---------------------------------------------------------------------------------------
-
-
-def _without_identity(thing: Object) -> Object:
-    kept = {key: value for key, value in thing.items() if key not in ("apiVersion", "kind", "status", "metadata")}
-    metadata = {key: value for key, value in thing.get("metadata", {}).items() if key in ("labels", "annotations")}
-    return kept | ({"metadata": metadata} if metadata else {})
-
-
-def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Lists are whole: nothing here merges them by their items' names."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, (*path, key))
-    else:
-        yield path, value
-
-
-def _laid(old: Any, new: Any) -> Any:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return old | {key: _laid(old.get(key), value) for key, value in new.items()}
-    return copy.deepcopy(new)
-
-
-def _merge(old: Any, patch: Any) -> Any:
-    if not isinstance(patch, dict):
-        return copy.deepcopy(patch)
-    merged = dict(old) if isinstance(old, dict) else {}
-    for key, value in patch.items():
-        if value is None:
-            merged.pop(key, None)
-        else:
-            merged[key] = _merge(merged.get(key), value)
-    return merged
-
-
-def _remove(thing: Object, path: tuple[Any, ...]) -> None:
-    place: Any = thing
-    for part in path[:-1]:
-        place = place.get(part) if isinstance(place, dict) else None
-    if isinstance(place, dict):
-        place.pop(path[-1], None)
-
-
-def _chosen(thing: Object, params: dict[str, str]) -> bool:
-    labels = thing["metadata"].get("labels") or {}
-    for term in filter(None, params.get("labelSelector", "").split(",")):
-        key, _, value = term.partition("=")
-        if (value and labels.get(key) != value) or (not value and key not in labels):
-            return False
-    for term in filter(None, params.get("fieldSelector", "").split(",")):
-        path, _, value = term.partition("=")
-        place: Any = thing
-        for part in path.split("."):
-            place = (place or {}).get(part)
-        if place != value:
-            return False
-    return True
-
-
 def _plural(request: Any) -> str:
     resource = request.resource
     return f"{resource.group + '/' if resource.group else ''}{resource.version}/{resource.plural}"
@@ -516,81 +413,3 @@ def _now() -> str:
 def _status(code: int, message: str, headers: dict[str, str] | None = None, reason: str = "") -> aiohttp.web.Response:
     body = {"kind": "Status", "status": "Failure", "code": code, "message": message, "reason": reason or "Injected"}
     return aiohttp.web.json_response(body, status=code, headers=headers)
-
-
-# --- the thread ---------------------------------------------------------------------------------
-
-
-class Running:
-    """A server that answers until `close`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._ready = threading.Event()
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        assert self._ready.wait(10)
-        self.kubeconfig = folder / "kubeconfig"
-        self.kubeconfig.write_text(
-            yaml.safe_dump(
-                {
-                    "apiVersion": "v1",
-                    "kind": "Config",
-                    "current-context": "test",
-                    "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
-                    "clusters": [{"name": "test", "cluster": {"server": self.url}}],
-                    "users": [{"name": "test", "user": {"token": "not-a-secret"}}],
-                }
-            ),
-            encoding="utf-8",
-        )
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._serve())
-        self._loop.close()
-
-    async def _serve(self) -> None:
-        self.server = ApiServer.make()
-        async with self.server, kmock.Server(self.server) as listening:
-            self.url = f"http://127.0.0.1:{listening.port}"
-            self._ready.set()
-            await self._stop.wait()
-            self.server.end_watches()
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-
-    @property
-    def state(self) -> State:
-        return self.server.state
-
-    def do(self, action: Callable[[], Any]) -> Any:
-        """In the server's thread, waited for."""
-
-        async def act() -> Any:
-            return action()
-
-        return asyncio.run_coroutine_threadsafe(act(), self._loop).result(10)
-
-    def put(self, *things: Object) -> None:
-        for thing in things:
-            self.do(lambda thing=thing: self.server.store(thing))
-
-    def drop(self, thing: Object) -> None:
-        self.do(lambda: self.server.drop(thing))
-
-    def find(self, kind: str, name: str, namespace: str = "argosy") -> Object | None:
-        place = "" if kind in CLUSTER_SCOPED else namespace
-        return self.do(lambda: self.server.find(kind, name, place))  # type: ignore[no-any-return]
-
-    def all(self, kind: str) -> list[Object]:
-        return self.do(lambda: self.server.all(kind))  # type: ignore[no-any-return]
-
-    def fault(self, pattern: str, **what: Any) -> Fault:
-        fault = Fault(pattern, **what)
-        self.state.faults.append(fault)
-        return fault

@@ -1,0 +1,47 @@
+"""What a command is about: a spec from a file or an overlay, or the deployment of a name and a namespace."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from k8s import deployment, render
+from k8s.objects import Object
+from k8s.spec import ServingSpec, SpecError, read_spec
+from k8s.tool.exits import ToolError
+
+
+def find_spec(text: str) -> ServingSpec:
+    """Of a YAML file, or of an overlay by its name. Raises ToolError with the names that there are."""
+    path = Path(text)
+    try:
+        if path.suffix in (".yaml", ".yml") or path.is_file():
+            return read_spec(path)
+        if path.is_dir():
+            return read_spec(path / render.SPEC_FILE)
+        names = render.overlay_names()
+        if text not in names:
+            raise ToolError(f"SPEC: {text!r} is neither a YAML file nor an overlay; there are {', '.join(names)}")
+        return render.overlay_spec(text)
+    except SpecError as error:
+        raise ToolError(str(error)) from None
+
+
+def objects_of(spec: ServingSpec) -> list[Object]:
+    """Everything that stands on the cluster. Raises ToolError when the spec's numbers do not fit each other."""
+    try:
+        return list(deployment.objects(spec).values())
+    except SpecError as error:
+        raise ToolError(str(error)) from None
+
+
+def as_mapping(spec: ServingSpec) -> dict[str, Any]:
+    """What `spec_from` reads back as the same spec."""
+    return _plain(dataclasses.asdict(spec))  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
