@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 SOURCES := pyproject.toml setup.py $(wildcard models/ops/*.cpp models/ops/*.h models/transports/*.cpp models/transports/*.h)
 
-.PHONY: serve test check bench
+.PHONY: serve test check bench check-k8s check-images
 .DELETE_ON_ERROR:
 
 serve: .venv/.installed
@@ -23,6 +23,15 @@ check: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	@exec $(BIN)/argosy bench $(or $(ARGS),all)
+
+# The manifests without a cluster: rendered as committed, schemas, invariants, names against the code.
+check-k8s: .venv/.installed-dev
+	$(BIN)/python -m k8s.render --check
+	$(BIN)/python -m pytest tests/k8s -m 'not ray' $(ARGS)
+
+# The images without a container engine; root only. Some minutes, mostly downloads.
+check-images: .venv/.installed-dev
+	$(BIN)/python -m k8s.images.check engine
 
 .venv/bin/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
