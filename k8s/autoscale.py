@@ -54,7 +54,6 @@ def autoscaling_config(sizing: Sizing) -> dict[str, Any]:
     return {
         "min_replicas": engine.min_replicas,
         "max_replicas": engine.max_replicas,
-        "initial_replicas": engine.min_replicas,
         "metrics_interval_s": 1.0,
         "look_back_period_s": 5.0,
         "upscale_delay_s": 0.0,

@@ -36,7 +36,7 @@ from k8s.objects import (
     spread,
 )
 from k8s.settings import model_config_map
-from k8s.sizing import HEAD_BYTES, OBJECT_STORE_BYTES, STARTUP_PERIOD_S, Sizing
+from k8s.sizing import OBJECT_STORE_BYTES, STARTUP_PERIOD_S, Sizing
 from k8s.weights import fetch_container, fetch_volumes
 from k8s.yaml_text import dump
 
@@ -125,8 +125,19 @@ def _ray_container(sizing: Sizing, name: str, *, cpu: float, memory: str, startu
         "volumeMounts": [
             {"mountPath": "/dev/shm", "name": "shm"},
             {"mountPath": "/tmp", "name": "tmp"},
+            # The directory may be on any of them, and hears from gateways only what is signed.
+            {"mountPath": SECRET_PATH, "name": "engine-secret", "readOnly": True},
         ],
     }
+
+
+def _volumes(sizing: Sizing, *, shm_bytes: int, tmp: str) -> list[Object]:
+    """What `_ray_container` mounts."""
+    return [
+        memory_volume("shm", quantity(shm_bytes)),
+        scratch_volume("tmp", tmp),
+        {"name": "engine-secret", "secret": {"defaultMode": 0o440, "secretName": engine_secret(sizing.spec)}},
+    ]
 
 
 def _ports(*named: tuple[str, int]) -> list[Object]:
@@ -135,7 +146,9 @@ def _ports(*named: tuple[str, int]) -> list[Object]:
 
 def _head_group(sizing: Sizing) -> Object:
     spec = sizing.spec
-    container = _ray_container(sizing, "ray-head", cpu=1, memory=quantity(HEAD_BYTES), startup_failures=60)
+    container = _ray_container(
+        sizing, "ray-head", cpu=sizing.head_cpus, memory=quantity(sizing.head_memory_bytes), startup_failures=60
+    )
     container["ports"] = _ports(
         ("gcs", 6379), ("dashboard", DASHBOARD_PORT), ("metrics", RAY_METRICS_PORT), ("serve", SERVE_PORT)
     )
@@ -146,7 +159,7 @@ def _head_group(sizing: Sizing) -> Object:
         grace_s=sizing.engine_grace_s,
         affinity=off_gpu_nodes(spec),
         containers=[container],
-        volumes=[memory_volume("shm", quantity(2 * OBJECT_STORE_BYTES)), scratch_volume("tmp", "8Gi")],
+        volumes=_volumes(sizing, shm_bytes=2 * OBJECT_STORE_BYTES, tmp="8Gi"),
     )
     return {
         # No CPU for work: nothing of ours is placed here but what asks for none.
@@ -169,10 +182,7 @@ def _worker_group(sizing: Sizing) -> Object:
         sizing, "ray-worker", cpu=sizing.worker_cpus, memory=memory, startup_failures=sizing.startup_failures
     )
     container["ports"] = _ports(("serve", SERVE_PORT), ("metrics", RAY_METRICS_PORT), ("engine", ENGINE_PORTS[0]))
-    container["volumeMounts"] += [
-        {"mountPath": MODELS_PATH, "name": "models", "readOnly": True},
-        {"mountPath": SECRET_PATH, "name": "engine-secret", "readOnly": True},
-    ]
+    container["volumeMounts"].append({"mountPath": MODELS_PATH, "name": "models", "readOnly": True})
     placed: Object = {"affinity": off_gpu_nodes(spec)}
     if sizing.gpus_per_pod:
         gpus = str(sizing.gpus_per_pod)
@@ -194,10 +204,8 @@ def _worker_group(sizing: Sizing) -> Object:
             spread(spec, WORKER, "kubernetes.io/hostname", is_required=False, generation="ray.io/cluster")
         ],
         volumes=[
-            memory_volume("shm", quantity(sizing.shm_bytes)),
-            scratch_volume("tmp", "16Gi"),
+            *_volumes(sizing, shm_bytes=sizing.shm_bytes, tmp="16Gi"),
             scratch_volume("models", quantity(sizing.weights_volume_bytes)),
-            {"name": "engine-secret", "secret": {"defaultMode": 0o440, "secretName": engine_secret(spec)}},
             *fetch_volumes(sizing),
         ],
         **placed,
@@ -232,7 +240,7 @@ def _directory_group(sizing: Sizing) -> Object:
         topologySpreadConstraints=[
             spread(spec, DIRECTORY, "kubernetes.io/hostname", is_required=False, generation="ray.io/cluster")
         ],
-        volumes=[memory_volume("shm", quantity(2 * OBJECT_STORE_BYTES)), scratch_volume("tmp", "4Gi")],
+        volumes=_volumes(sizing, shm_bytes=2 * OBJECT_STORE_BYTES, tmp="4Gi"),
     )
     return {
         "groupName": "directory",

@@ -58,6 +58,7 @@ def _directory(sizing: Sizing) -> dict[str, Any]:
         "name": "directory",
         "route_prefix": "/directory",
         "import_path": "serving.deployments.app:build_directory",
+        "args": {"secret_file": SECRET_FILE},  # by which gateways sign what waits in them
         "deployments": [
             {
                 "name": "Directory",

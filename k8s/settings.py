@@ -10,7 +10,9 @@ from k8s.yaml_text import content_hash, dump
 def gateway_settings(sizing: Sizing) -> dict[str, object]:
     """By the names of serving/config.py; a file for `argosy gateway --config`."""
     spec = sizing.spec
+    bounds = {"min_replicas": spec.engine.min_replicas, "max_replicas": spec.engine.max_replicas}
     return {
+        **(bounds if spec.has("autoscale-ray") else {}),  # with 0, a gateway without replicas is ready to wait for one
         "drain_timeout_s": sizing.gateway_drain_s,
         "host": "0.0.0.0",
         "max_queue_len": sizing.max_queue_len,

@@ -18,7 +18,8 @@ GPU_SHARE: Final = 0.9  # of a GPU's memory that we count on; the rest is fragme
 RANK_GPU_BYTES: Final = 2 * GI  # context, workspace, logits
 RANK_HOST_BYTES: Final = {"cpu": 400 * MI, "cuda": 3 * GI}  # a rank's process with torch (serving/found.py) or CUDA
 NODE_BYTES: Final = 1536 * MI  # raylet, agents, Serve's proxy on a worker
-HEAD_BYTES: Final = 4 * GI  # GCS, dashboard, Serve's controller
+HEAD_BYTES: Final = {"dev": 3 * GI, "prod": 8 * GI}  # GCS, dashboard, Serve's controller; more pods, more to know
+HEAD_CPUS: Final = {"dev": 0.5, "prod": 2.0}
 OBJECT_STORE_BYTES: Final = 256 * MI  # no tensor and no token passes through it
 NCCL_RANK_BYTES: Final = 512 * MI  # 4 MiB x 32 channels x 2 neighbours x 2 directions in /dev/shm
 LOAD_FACTOR: Final = 1.05  # peak of a load over its share (measured: 1.03)
@@ -117,6 +118,14 @@ class Sizing:
         """/dev/shm of a worker: Ray's object store, and for a gang on GPUs 512 MiB per rank for NCCL."""
         nccl = NCCL_RANK_BYTES * self.ranks_per_pod if self.spec.has_gpus and self.ranks_per_pod > 1 else 0
         return 2 * OBJECT_STORE_BYTES + nccl
+
+    @property
+    def head_memory_bytes(self) -> int:
+        return HEAD_BYTES[self.spec.environment]
+
+    @property
+    def head_cpus(self) -> float:
+        return HEAD_CPUS[self.spec.environment]
 
     @property
     def worker_memory_bytes(self) -> int:

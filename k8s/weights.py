@@ -39,7 +39,7 @@ def fetch_container(sizing: Sizing) -> Object:
         "command": ["/bin/sh", "-c", FETCH],
         "env": [{"name": "HF_HOME", "value": f"{MODELS_PATH}/.hub"}, {"name": "HOME", "value": "/tmp"}],
         "envFrom": [{"configMapRef": {"name": settings}}],
-        "resources": {"limits": {"memory": "4Gi"}, "requests": {"cpu": "1", "memory": "4Gi"}},
+        "resources": {"limits": {"memory": "2Gi"}, "requests": {"cpu": "500m", "memory": "2Gi"}},
         "securityContext": container_security(),
         "volumeMounts": [
             {"mountPath": HUB_TOKEN_PATH, "name": "hub-secret", "readOnly": True},

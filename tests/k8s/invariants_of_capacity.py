@@ -206,6 +206,7 @@ def the_head_only_controls(m: Manifests) -> Iterator[str]:
     lambda m: m.workers.update(minReplicas=0),
     lambda m: m.ray["autoscalerOptions"].update(version="v1"),
     lambda m: m.workers.update(idleTimeoutSeconds=10),
+    lambda m: m.alter_settings(min_replicas=0),
 )
 def one_policy_decides_how_many(m: Manifests) -> Iterator[str]:
     scaled = m.replica.get("autoscaling_config")
@@ -224,6 +225,8 @@ def one_policy_decides_how_many(m: Manifests) -> Iterator[str]:
         yield "Serve's own policy counts requests that it does not see"
     if scaled.get("min_replicas") != m.workers["minReplicas"]:
         yield f"{m.workers['minReplicas']} groups of pods for {scaled.get('min_replicas')} replicas"
+    if m.settings.get("min_replicas") != scaled.get("min_replicas"):
+        yield "gateways do not know whether a request may wait for the first replica"
     if m.ray.get("autoscalerOptions", {}).get("version") != "v2":
         yield "the old autoscaler"
     if m.workers.get("idleTimeoutSeconds", 60) < 60:

@@ -20,7 +20,7 @@ import yaml
 from k8s import autoscale, engine, gateway, monitoring, objects, weights_pvc
 from k8s.objects import GATEWAY, GPU_HEALTH, HEAD, LOADTEST, WORKER
 from serving import cli, config
-from serving.deployments.document import ReplicaArguments, serve_config
+from serving.deployments.document import ReplicaArguments, autoscaling_config, serve_config
 from tests.k8s.invariants_of_time import env
 from tests.k8s.manifests import OVERLAYS, ROOT, manifests
 
@@ -114,6 +114,7 @@ def test_serve_takes_its_document_and_it_is_that_of_the_product(overlay: str) ->
         num_replicas=ours.get("num_replicas", 1),
         num_cpus=ours["ray_actor_options"]["num_cpus"],
         max_surge_percent=ours["max_surge_percent"],
+        secret_file=arguments.secret_file,
     )
     theirs = product["applications"][1]["deployments"][0]
     assert ours["max_ongoing_requests"] > 0
@@ -136,8 +137,8 @@ def test_what_serve_imports_exists(overlay: str) -> None:
 
 def test_the_autoscaling_policy_exists() -> None:
     module, _, name = autoscale.POLICY.partition(":")
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"there is no {module} yet, and autoscale-ray cannot work without it")
+    scaled = manifests("prod-h100-tp8").replica["autoscaling_config"]
+    assert scaled == autoscaling_config(2, 4, scaled["policy"]["policy_kwargs"])
     policy = getattr(importlib.import_module(module), name)
     kwargs = manifests("prod-h100-tp8").replica["autoscaling_config"]["policy"]["policy_kwargs"]
     assert {"rows_per_replica", "start_s"} <= kwargs.keys()
@@ -172,6 +173,16 @@ def test_ray_nodes_answer_the_paths_that_probes_ask_without_a_token() -> None:
     container = manifests("dev-cpu").container(WORKER)
     asked = {container[kind]["httpGet"]["path"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert asked <= set(http_server_agent.PUBLIC_EXACT_PATHS)
+
+
+@every_overlay
+def test_whoever_may_run_a_replica_or_the_directory_has_the_secret(overlay: str) -> None:
+    m = manifests(overlay)
+    files = {application["args"]["secret_file"] for application in m.serve["applications"]}
+    assert files == {objects.SECRET_FILE}
+    for pod in m.pods():
+        mounts = {mount["mountPath"] for mount in pod.spec["containers"][0].get("volumeMounts", [])}
+        assert (objects.SECRET_PATH in mounts) == (pod.component in (*objects.ENGINE, GATEWAY)), pod.owner
 
 
 def test_variables_of_ray_are_ones_that_it_reads() -> None:

@@ -27,6 +27,7 @@ def document(m: Manifests, cluster: RayCluster, model: Path) -> dict[str, Any]:
     found = m.serve
     found.pop("http_options")  # the cluster's proxy runs already
     found.pop("proxy_location")
+    found["applications"][0]["args"]["secret_file"] = str(cluster.secret_file)
     arguments = found["applications"][1]["args"]
     arguments["secret_file"] = str(cluster.secret_file)
     arguments["engine"] |= {"model_dir": str(model), "max_model_len": 256, "kv_cache_bytes": 1 << 24}
