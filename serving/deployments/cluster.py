@@ -14,6 +14,7 @@ import select
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Final
 
@@ -90,7 +91,10 @@ def deploy(document: dict[str, Any]) -> None:
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(document))
+    with warnings.catch_warnings():
+        # Serve wants it in a variable of every process some day; only here it is said for our replicas alone.
+        warnings.filterwarnings("ignore", message="The `metrics_interval_s` field", category=DeprecationWarning)
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(document))
 
 
 def deploy_failure(application: str) -> str:

@@ -13,6 +13,7 @@ SLOW_S: Final = 300.0
 """Time constants of the arrival rate: of a step, of the steady load, of its trend."""
 SECOND_S: Final = 1.0
 """A step must have lasted for two of these before it is believed: a single burst is gone by then."""
+LASTS_ON: Final = 5.0
 ROW_S: Final = 120.0
 """Time constant of the row time."""
 MIN_FINISHED: Final = 8.0
@@ -69,6 +70,7 @@ class WorkRates:
         self._rows: dict[str, RowCounts] = {}
         self._fast, self._medium, self._slow = Average(FAST_S), Average(MEDIUM_S), Average(SLOW_S)
         self._arrived: collections.deque[tuple[float, float]] = collections.deque()  # (when, so many so far)
+        self._surge_since: float | None = None
         self._held_s = 0.0
         self._num_began = 0.0
         self._num_finished = 0.0
@@ -107,12 +109,16 @@ class WorkRates:
         self._arrived.append((now, (self._arrived[-1][1] if self._arrived else 0.0) + arrived))
         while len(self._arrived) > 1 and self._arrived[1][0] <= now - 2.0 * SECOND_S + _ROUNDING_S:
             self._arrived.popleft()
+        if min(self._fast.per_s, self._lasting_per_s(now)) <= self._medium.per_s:
+            self._surge_since = None
+        elif self._surge_since is None:
+            self._surge_since = now - 2.0 * SECOND_S
 
-    def _lasting_per_s(self) -> float:
+    def _lasting_per_s(self, now: float) -> float:
         """The smaller rate of the last two seconds."""
-        if not self._arrived or self._at is None:
+        if not self._arrived:
             return 0.0
-        between = self._at - SECOND_S + _ROUNDING_S
+        between = now - SECOND_S + _ROUNDING_S
         first, last = self._arrived[0][1], self._arrived[-1][1]
         middle = next((count for at, count in reversed(self._arrived) if at <= between), first)
         return min(last - middle, middle - first) / SECOND_S
@@ -134,9 +140,17 @@ class WorkRates:
         return min(max(now_per_s + rise * (MEDIUM_S + ahead_s), now_per_s), MAX_TREND * now_per_s)
 
     def arrivals_per_s(self, *, is_urgent: bool, ahead_s: float) -> float:
-        """is_urgent: something waits, so that the last seconds count if they brought more than usual."""
+        """Mean rate of the next `ahead_s`.
+
+        is_urgent: something waits, so that the last seconds count if they brought more than usual. What has lasted so
+        long is expected to last LASTS_ON times as long again, and no longer: most bursts are short.
+        """
         steady = self.steady_per_s(ahead_s)
-        return max(steady, min(self._fast.per_s, self._lasting_per_s())) if is_urgent else steady
+        if self._surge_since is None or self._at is None or not is_urgent:
+            return steady
+        lasting = min(self._fast.per_s, self._lasting_per_s(self._at))
+        ahead = min(LASTS_ON * (self._at - self._surge_since) / ahead_s, 1.0)
+        return steady + max(lasting - steady, 0.0) * ahead
 
 
 class Window:

@@ -227,11 +227,8 @@ def test_replicas_on_their_way_count() -> None:
     """While replicas load, the queue that they will serve asks for no more of them."""
     fleet, policy = Fleet(1, start_s=30.0), Autoscaler(dataclasses.replace(SETTINGS, start_s=30.0))
     run(fleet, policy, 1.0, 120)
-    run(fleet, policy, 8.0, 4)
-    asked = fleet.target
-    assert asked > 1
-    run(fleet, policy, 8.0, 20)
-    assert fleet.target <= asked + 2, "the same queue was answered again and again"
+    run(fleet, policy, 8.0, 60)
+    assert 4 <= fleet.target <= 9, "32 slots and a margin, and what it takes to work off half a minute's queue"
 
 
 def test_before_anything_has_finished_every_choice_gets_a_slot() -> None:
