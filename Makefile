@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 SOURCES := pyproject.toml setup.py $(wildcard models/ops/*.cpp models/ops/*.h models/transports/*.cpp models/transports/*.h)
 
-.PHONY: serve test check bench check-k8s check-images
+.PHONY: serve test check bench check-k8s check-images lint-k8s
 .DELETE_ON_ERROR:
 
 serve: .venv/.installed
@@ -32,6 +32,12 @@ check-k8s: .venv/.installed-dev
 # The images without a container engine; root only. Some minutes, mostly downloads.
 check-images: .venv/.installed-dev
 	$(BIN)/python -m k8s.images.check engine
+
+# checkov pins much of what we pin otherwise, so it has an environment of its own.
+lint-k8s: .venv/.installed-dev
+	@test -x .venv/checkov/bin/checkov || { "$(PYTHON)" -m venv .venv/checkov && \
+		.venv/checkov/bin/python -m pip -qq --disable-pip-version-check --no-input install checkov==3.3.30; }
+	$(BIN)/python -m k8s.lint .venv/checkov/bin/checkov
 
 .venv/bin/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
