@@ -45,9 +45,9 @@ def objects(sizing: Sizing) -> list[Object]:
 
 
 def directory_url(sizing: Sizing) -> str:
-    """The directory behind KubeRay's Service for Serve's proxies: <RayService>-serve-svc."""
-    spec = sizing.spec
-    return f"http://{spec.name}-serve-svc.{spec.namespace}.svc:{SERVE_PORT}/directory"
+    """The directory behind KubeRay's Service for Serve's proxies: <RayService>-serve-svc, by the name that the first
+    search domain completes."""
+    return f"http://{sizing.spec.name}-serve-svc:{SERVE_PORT}/directory"
 
 
 def _container(sizing: Sizing) -> Object:

@@ -60,6 +60,8 @@ def network_policies(spec: ServingSpec) -> list[Object]:
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
         "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
     }
+    # A node's own cache of DNS has an address of the host and no labels.
+    resolvers = [dns, *([{"ipBlock": {"cidr": spec.cluster.dns_cidr}}] if spec.cluster.dns_cidr else [])]
     gateway = {"matchLabels": selector(spec, GATEWAY)}
     head = {"matchLabels": selector(spec, HEAD)}
     engine = pods_of(spec, *ENGINE)
@@ -67,7 +69,7 @@ def network_policies(spec: ServingSpec) -> list[Object]:
     operator = from_namespace(spec.cluster.operator_namespace)
     return [
         network_policy(spec, "deny", {}, ingress=[], egress=[]),
-        network_policy(spec, "dns", {}, egress=[{"ports": ports(53) + ports(53, protocol="UDP"), "to": [dns]}]),
+        network_policy(spec, "dns", {}, egress=[{"ports": ports(53) + ports(53, protocol="UDP"), "to": resolvers}]),
         network_policy(
             spec,
             "gateway",

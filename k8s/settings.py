@@ -28,17 +28,19 @@ def gateway_settings(sizing: Sizing) -> dict[str, object]:
 def model_settings(sizing: Sizing) -> dict[str, str]:
     """Variables of whoever runs `argosy pull`."""
     model = sizing.spec.model
-    settings = {
+    return {
         "ARGOSY_STORE": MODELS_PATH,
         "FETCH_DEADLINE_S": str(sizing.fetch_deadline_s),
         "MODEL": model.source,
         "MODEL_DIR": model_dir(sizing),
     }
-    return settings | ({"QUANTIZATION": model.quantization} if model.quantization == "int4" else {})
 
 
 def model_dir(sizing: Sizing) -> str:
-    """Where `argosy pull` puts the model: a hub id's slash becomes two dashes, as its revision's @ does."""
+    """Where `argosy pull` puts the model: a hub id's slash becomes two dashes, as its revision's @ does.
+
+    Weights are stored as they are published; an engine that serves int8 or int4 rounds them when it loads.
+    """
     return f"{MODELS_PATH}/{sizing.spec.model.source.replace('/', '--').replace('@', '--')}"
 
 

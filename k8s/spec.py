@@ -124,6 +124,7 @@ class Cluster:
     gpu_product: str = _text(pattern=r"[\w.-]*", says='the value of nvidia.com/gpu.product; "" = any')
     storage_class: str = _text(pattern=f"({_NAMESPACE})?", says='a StorageClass; "" = the default')
     shared_storage_class: str = _text(pattern=f"({_NAMESPACE})?", says='one with ReadWriteMany; "" = the default')
+    dns_cidr: str = _text(pattern=r"(\d+\.\d+\.\d+\.\d+/\d+)?", says='an IPv4 range; "" = kube-dns alone')
     api_server_cidr: str = _text("0.0.0.0/0", pattern=r"\d+\.\d+\.\d+\.\d+/\d+", says="an IPv4 range")
 
 

@@ -24,7 +24,7 @@ fi
 if [ -f {HUB_TOKEN_PATH}/token ]; then
   export HF_TOKEN_PATH={HUB_TOKEN_PATH}/token
 fi
-exec argosy pull "$MODEL" ${{QUANTIZATION:+--quantization "$QUANTIZATION"}}
+exec argosy pull "$MODEL"
 """
 
 

@@ -160,8 +160,8 @@ def test_ports_are_those_of_the_code(overlay: str) -> None:
     assert ray_constants.DEFAULT_DASHBOARD_PORT == objects.DASHBOARD_PORT
     [url] = [flag for flag in m.container(GATEWAY)["args"] if flag.startswith("--directory-url=")]
     route = m.serve["applications"][0]["route_prefix"]
-    assert url.endswith(f".svc:{m.serve['http_options']['port']}{route}")
-    assert url.partition("//")[2].startswith(f"{m.one('RayService')['metadata']['name']}-serve-svc.{m.spec.namespace}.")
+    name = m.one("RayService")["metadata"]["name"]
+    assert url == f"--directory-url=http://{name}-serve-svc:{m.serve['http_options']['port']}{route}"
     for component in (HEAD, WORKER):
         ports = {port["name"]: port["containerPort"] for port in m.container(component)["ports"]}
         assert ports["serve"] == m.serve["http_options"]["port"]
@@ -228,7 +228,7 @@ def test_the_engine_looks_where_a_pull_writes(overlay: str) -> None:
 
     m = manifests(overlay)
     [data] = [thing["data"] for thing in m.of_kind("ConfigMap") if "MODEL" in thing["data"]]
-    folder = resolve(data["MODEL"], Path(data["ARGOSY_STORE"]), data.get("QUANTIZATION", "auto"))
+    folder = resolve(data["MODEL"], Path(data["ARGOSY_STORE"]))
     arguments = m.serve["applications"][1]["args"]
     assert str(folder) == data["MODEL_DIR"] == arguments["engine"]["model_dir"]
     mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in m.container(WORKER)["volumeMounts"]}
