@@ -142,7 +142,7 @@ class Manifests:
 
 @functools.cache
 def _loaded(overlay: str) -> Manifests:
-    objects = keyed(yaml.safe_load_all(kustomize(render.ROOT / "overlays" / overlay)))
+    objects = keyed(yaml.load_all(kustomize(render.ROOT / "overlays" / overlay), yaml.CSafeLoader))
     return Manifests(render.overlay_spec(overlay), objects)
 
 
