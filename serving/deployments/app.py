@@ -7,6 +7,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.schema import LoggingConfig
 
 from serving.deployments.directory import Directory
 from serving.deployments.document import DIRECTORY_DEPLOYMENT, MODEL_DEPLOYMENT
@@ -23,4 +24,6 @@ def build_directory(arguments: dict[str, Any]) -> Application:
 
     arguments: `secret_file`, by which gateways sign what waits in them; without it no replica is added for that.
     """
-    return serve.deployment(Directory, name=DIRECTORY_DEPLOYMENT).bind(secret_file=arguments.get("secret_file", ""))
+    quiet = LoggingConfig(enable_access_log=False)  # every gateway asks and tells once a second
+    directory = serve.deployment(Directory, name=DIRECTORY_DEPLOYMENT, logging_config=quiet)
+    return directory.bind(secret_file=arguments.get("secret_file", ""))
