@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Final
@@ -71,13 +73,18 @@ def _pod_monitor(sizing: Sizing) -> Object:
 
 def _rules(sizing: Sizing) -> Object:
     spec = sizing.spec
-    groups = yaml.safe_load(RULES_FILE.read_text(encoding="utf-8"))
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
         "metadata": metadata(spec, name_of(spec, "rules"), "monitoring"),
-        "spec": groups,
+        "spec": copy.deepcopy(_groups()),
     }
+
+
+@functools.cache
+def _groups() -> Object:
+    found: Object = yaml.safe_load(RULES_FILE.read_text(encoding="utf-8"))
+    return found
 
 
 def _dashboard(sizing: Sizing) -> Object:

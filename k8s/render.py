@@ -47,7 +47,10 @@ def render() -> dict[str, str]:
     for name in sorted(deployment.COMPONENTS):
         files |= _component_files(name)
     for name in overlay_names():
-        files |= render_overlay(overlay_spec(name), f"overlays/{name}")
+        try:
+            files |= render_overlay(overlay_spec(name), f"overlays/{name}")
+        except SpecError as error:
+            raise SpecError(f"overlay {name}: {error}") from None
     return files
 
 

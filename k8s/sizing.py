@@ -30,16 +30,25 @@ SERVE_MARGIN_S: Final = 10  # graceful_shutdown_timeout_s beyond the drain (C19)
 RAY_MARGIN_S: Final = 20  # Ray's node drain beyond the drain: it ends what Serve has not
 GRACE_MARGIN_S: Final = 20  # SIGKILL beyond Ray's drain
 STARTUP_PERIOD_S: Final = 5
+MAX_DRAIN_S: Final = 3600  # of drain_timeout_s (serving/config.py)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sizing:
-    """The derived values of one spec. Raises SpecError when the KV cache holds no context of full length."""
+    """The derived values of one spec.
+
+    Raises SpecError when the KV cache holds no context of full length, or a generation outlasts any drain.
+    """
 
     spec: ServingSpec
 
     def __post_init__(self) -> None:
         model = self.spec.model
+        if self.request_timeout_s > MAX_DRAIN_S:
+            raise SpecError(
+                f"engine.max_tokens: {self.spec.engine.max_tokens:,} at {self.spec.engine.slowest_tokens_per_s:g} per "
+                f"second and the queue take {self.request_timeout_s:,} s, and a gateway drains for {MAX_DRAIN_S:,} s"
+            )
         if self.kv_tokens < model.max_model_len:
             raise SpecError(
                 f"model.max_model_len: a request of {model.max_model_len:,} tokens needs more than the KV cache of "

@@ -19,8 +19,10 @@ import yaml
 
 from k8s import autoscale, engine, gateway, monitoring, objects, weights_pvc
 from k8s.objects import GATEWAY, GPU_HEALTH, HEAD, LOADTEST, WORKER
+from k8s.sizing import MAX_DRAIN_S
 from serving import cli, config
 from serving.deployments.document import ReplicaArguments, autoscaling_config, serve_config
+from serving.errors import SettingsError
 from tests.k8s.invariants_of_time import env
 from tests.k8s.manifests import OVERLAYS, ROOT, manifests
 
@@ -51,6 +53,12 @@ def test_the_settings_file_is_one_that_gateways_take(overlay: str, tmp_path: Pat
     assert settings.gateway.max_queue_len == m.sizing.max_queue_len
     assert settings.gateway.request_timeout_s == m.sizing.request_timeout_s
     assert settings.drain_timeout_s == m.sizing.gateway_drain_s
+
+
+def test_a_gateway_takes_the_longest_drain_that_a_spec_may_ask_for() -> None:
+    assert config.load({"drain_timeout_s": str(MAX_DRAIN_S)}, environ={}).drain_timeout_s == MAX_DRAIN_S
+    with pytest.raises(SettingsError):
+        config.load({"drain_timeout_s": str(MAX_DRAIN_S + 1)}, environ={})
 
 
 @every_overlay

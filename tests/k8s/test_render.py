@@ -39,6 +39,9 @@ def variants() -> dict[str, ServingSpec]:
     found["other-storage"] = replace(
         large, cluster=replace(large.cluster, storage_class="fast", shared_storage_class="nfs", gpu_product="")
     )
+    found["other-namespace"] = replace(large, namespace="models")
+    found["other-name"] = replace(small, name="llm", namespace="llm")
+    found["a-cache-of-names"] = replace(small, cluster=replace(small.cluster, dns_cidr="169.254.20.10/32"))
     found["pulls-with-a-secret"] = replace(large, images=replace(large.images, pull_secret="registry"))
     return found
 

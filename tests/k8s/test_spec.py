@@ -64,6 +64,10 @@ def refused(document: Any, *words: str) -> None:
         ),
         ({"engine": {"kv_cache_bytes": "64MiB"}}, ("model.max_model_len", "8,192", "KV cache")),
         (
+            {"engine": CPU["engine"] | {"max_tokens": 8000, "slowest_tokens_per_s": 1}},
+            ("engine.max_tokens: 8,000", "8,030 s", "3,600"),
+        ),
+        (
             {"engine": GPU, "model": {"rank_weights_bytes": "80GB"}},
             ("engine.gpu_memory_bytes", "no room", "more ranks"),
         ),
