@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -102,7 +103,7 @@ class Clients:
     """Threads that complete one request after the other until told to stop; every answer is kept."""
 
     def __init__(self, client: httpx.Client, count: int, max_tokens: int) -> None:
-        self.statuses: list[int] = []
+        self.statuses: list[int] = []  # 0: cut short, -1: no answer
         self.is_over = False
         self._client = client
         self._body = BODY | {"max_tokens": max_tokens}
@@ -112,11 +113,13 @@ class Clients:
 
     def _run(self) -> None:
         while not self.is_over:
-            answer = self._client.post("/v1/completions", json=self._body)
-            whole = (
-                answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == self._body["max_tokens"]
-            )
-            self.statuses.append(answer.status_code if not whole else 200)
+            status = -1
+            with contextlib.suppress(httpx.HTTPError):
+                answer = self._client.post("/v1/completions", json=self._body)
+                status = answer.status_code
+                if status == 200 and answer.json()["usage"]["completion_tokens"] != self._body["max_tokens"]:
+                    status = 0
+            self.statuses.append(status)
 
     def stop(self) -> None:
         self.is_over = True
