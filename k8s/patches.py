@@ -83,8 +83,12 @@ def _are_aligned(before: list[Any], after: list[Any]) -> bool:
     """Whether items at one place belong together: lists of one length, or named items of which one list has more."""
     if len(before) == len(after):
         return True
-    names = [[item.get("name") if isinstance(item, dict) else None for item in items] for items in (before, after)]
-    return all(a is not None and a == b for a, b in zip(*names, strict=False))
+    return all(_name(a) is not None and _name(a) == _name(b) for a, b in zip(before, after, strict=False))
+
+
+def _name(item: Any) -> Any:
+    """What tells an item of a list from the others of its kind."""
+    return item.get("name", item.get("groupName")) if isinstance(item, dict) else None
 
 
 def _apply(thing: Any, operation: Operation) -> None:

@@ -15,6 +15,7 @@ def gateway_settings(sizing: Sizing) -> dict[str, object]:
         **(bounds if spec.has("autoscale-ray") else {}),  # with 0, a gateway without replicas is ready to wait for one
         "drain_timeout_s": sizing.gateway_drain_s,
         "host": "0.0.0.0",
+        "log_format": "json",
         "max_queue_len": sizing.max_queue_len,
         "model": spec.model.source,
         "port": GATEWAY_PORT,
