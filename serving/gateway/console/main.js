@@ -60,10 +60,12 @@ function showLink() {
   const alarm = word === "gone" ? "server gone" : missing;
   document.title = alarm ? `(!) ${alarm} · Argosy` : "Argosy console";
   const banner = find("banner");
-  const shown = age_s === null ? "" : ` What is shown is ${lasting(age_s)} old.`;
+  const shown = age_s === null ? "" : `What is shown is ${lasting(age_s)} old.`;
   banner.hidden = !["gone", "stale", "locked"].includes(word);
   find("unlock").hidden = !isLocked;
-  if (!banner.hidden) say(find("banner-text"), `${trouble || "No news from the server."}${shown}`);
+  if (banner.hidden) return;
+  say(find("banner-text"), trouble || "No news from the server.");
+  say(find("banner-age"), shown); // apart from the alert: it would be read out with every second
 }
 
 setInterval(showLink, 500);

@@ -1,6 +1,6 @@
 // The playground: one request by hand, streamed, measured in the browser, shown as the server sends it.
 
-import { ServerError } from "./api.js";
+import { ServerError, getJson } from "./api.js";
 import { find, h, say, tiles } from "./dom.js";
 import { NONE, figure, seconds } from "./format.js";
 import { generate } from "./stream.js";
@@ -12,6 +12,19 @@ const PATHS = { chat: "v1/chat/completions", completion: "v1/completions" };
 
 /** What is no number goes to the server as it was typed: its word on it counts. */
 const numberOr = (text) => (Number.isFinite(Number(text)) ? Number(text) : text);
+
+/**
+ * Why a stream broke. The server's last event may be lost with the connection (a browser drops what it has not yet
+ * handed over); then the request's own account knows.
+ */
+async function causeOf(error, id) {
+  for (let tries = 0; tries < 3 && id && !(error instanceof ServerError); tries += 1) {
+    const account = await getJson(`v1/requests/${encodeURIComponent(id)}`).catch(() => null);
+    if (account?.error) return new ServerError(200, account.error);
+    await new Promise((done) => setTimeout(done, 150));
+  }
+  return error;
+}
 
 export class Playground {
   constructor() {
@@ -109,7 +122,7 @@ export class Playground {
       if (controller.signal.aborted) run.ended = "stopped by you";
       else {
         run.ended = "failed";
-        this.#fail(run, error);
+        this.#fail(run, await causeOf(error, run.id));
       }
     } finally {
       this.running = null;
