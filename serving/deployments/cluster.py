@@ -6,6 +6,7 @@ listening port, must not be. All of Ray's variables are set here and nowhere els
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import os
@@ -124,6 +125,32 @@ def num_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+class Decisions:
+    """What our policy has written into the log of Serve's controller: why there are as many replicas as there are."""
+
+    MARK: Final = "autoscaling of "
+    MAX_BYTES: Final = 1 << 16  # read at once
+
+    def __init__(self, session: Path) -> None:
+        self._folder = session / "session_latest" / "logs" / "serve"
+        self._read: dict[Path, int] = {}
+
+    def news(self) -> list[str]:
+        """Decisions since the last call, in one line each."""
+        found = []
+        for path in sorted(self._folder.glob("controller_[0-9]*.log")):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                begin = self._read.get(path, 0)
+                file.seek(begin)
+                data = file.read(self.MAX_BYTES)
+                end = data.rfind(b"\n") + 1 or (len(data) if len(data) == self.MAX_BYTES else 0)
+                self._read[path] = begin + end
+                lines = data[:end].decode(errors="replace").splitlines()
+                texts = [line.partition(self.MARK)[2] for line in lines]
+                found += [self.MARK + text for text in texts if text]
+        return found
+
+
 class RayRuntime:
     """Has Serve keep the replicas, and tells the supervisor what happens."""
 
@@ -136,13 +163,15 @@ class RayRuntime:
         self._members: set[str] = set()
         self._asked_s = 0.0
         self._placed_s = 0.0  # when no gang was seen waiting for a place
+        self._session = Path(settings.run_dir) / f"ray-{os.getpid()}"
+        self._decisions = Decisions(self._session)
 
     def run(self) -> None:
         """Returns when told to stop, with the cluster gone."""
         settings = self._settings
         try:
             start_cluster(
-                Path(settings.run_dir) / f"ray-{os.getpid()}",
+                self._session,
                 cores=settings.cores,
                 directory_port=settings.directory_port,
                 tell=lambda name, seconds: self._tell(Phase("ray", name, seconds)),
@@ -201,6 +230,9 @@ class RayRuntime:
             if report["number"] > self._num_reports:
                 self._num_reports = report["number"]
                 self._hear(report)
+        if self._order.scaling is not None:
+            for text in self._decisions.news():
+                self._tell(Note(text))
         members = {entry["id"] for entry in listing["replicas"] if entry["state"] == "ready"}
         if not self._was_ready and len(members) >= _num_initial(self._order):
             self._was_ready, self._members = True, members

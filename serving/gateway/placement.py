@@ -161,7 +161,7 @@ class Placement:
             queue = self._queue(request.card.fingerprint)
             position = queue.position(ticket)
             if best is None or position < best[0]:
-                best = position, queue.wait_s(position)
+                best = position, self.ready_in_s() or queue.wait_s(position)
         return best
 
     @property

@@ -196,3 +196,20 @@ def test_only_serves_own_replica_port_listens_beyond_loopback(ray_cluster: RayCl
     # Serve's inter-replica gRPC server binds every interface; the token guards it (C20).
     assert wide <= {"ray::ServeReplica:mode", "ray::ServeReplica:dire"}
     assert Path(os.environ["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o777 == 0o600
+
+
+def test_decisions_are_read_from_the_controllers_log_once_and_whole(tmp_path: Path) -> None:
+    from serving.deployments.cluster import Decisions
+
+    folder = tmp_path / "session_latest" / "logs" / "serve"
+    decisions = Decisions(tmp_path)
+    assert decisions.news() == []
+    folder.mkdir(parents=True)
+    log = folder / "controller_17.log"
+    log.write_text("INFO controller 17 -- Adding 1 replica.\nINFO controller 17 -- autoscaling of Replica: 1 -> 2: a")
+    assert decisions.news() == []
+    with log.open("a") as file:
+        file.write(" queue\nINFO controller 17 -- something else\n")
+    (folder / "controller_18.log").write_text("INFO controller 18 -- autoscaling of Replica: 2 -> 1: idle\n")
+    assert decisions.news() == ["autoscaling of Replica: 1 -> 2: a queue", "autoscaling of Replica: 2 -> 1: idle"]
+    assert decisions.news() == []

@@ -9,15 +9,20 @@ from typing import Any
 
 import pytest
 
-from serving.deployments.document import POLICY, autoscaling_config
+from serving import config
+from serving.control import Deploy
+from serving.deployments.cluster import _autoscaling_config
+from serving.deployments.document import POLICY, ReplicaArguments, autoscaling_config, serve_config
 from serving.deployments.serve_policy import STATS, QueueDelayPolicy
 from serving.errors import SettingsError
+from serving.supervisor import _scaling as scaling_of
 
 with warnings.catch_warnings(action="ignore"):  # Ray's own deprecations, at import
     from ray.serve._private.autoscaling_state import _resolve_policy_callable
     from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
     from ray.serve.autoscaling_policy import _apply_autoscaling_config
     from ray.serve.config import AutoscalingConfig, AutoscalingContext
+    from ray.serve.schema import ServeDeploySchema
 
 SETTINGS = {"rows_per_replica": 4, "start_s": 5.0, "max_queue_delay_s": 1.0}
 DEPLOYMENT = DeploymentID(name="Replica", app_name="model")
@@ -174,6 +179,39 @@ def test_a_decision_with_reading_costs_less_than_a_millisecond() -> None:
         controller.policy(context)
         times.append(time.perf_counter() - begun)
     assert statistics.median(times) < 0.001, f"{statistics.median(times) * 1e6:.0f} us"
+
+
+@pytest.mark.parametrize("min_replicas", [0, 2])
+def test_what_argosy_serve_asks_for_is_what_serve_gets(min_replicas: int) -> None:
+    settings = config.load({"min_replicas": min_replicas, "max_replicas": 4, "scale_in_window_s": 90}, environ={})
+    order = Deploy(settings.engine, settings.replicas, scaling_of(settings))
+    model = ReplicaArguments(engine=settings.engine, secret_file="s")
+    document = serve_config(model, autoscaling=_autoscaling_config(order), secret_file="s")
+    with warnings.catch_warnings(action="ignore"):
+        ServeDeploySchema.model_validate(document)
+    directory, replicas = document["applications"]
+    assert directory["args"] == {"secret_file": "s"} == serve_config(None, secret_file="s")["applications"][0]["args"]
+    [deployment] = replicas["deployments"]
+    assert "num_replicas" not in deployment
+    scaled = deployment["autoscaling_config"]
+    assert (scaled["min_replicas"], scaled["initial_replicas"], scaled["max_replicas"]) == (
+        min_replicas,
+        max(min_replicas, 1),
+        4,
+    )
+    assert scaled["policy"]["policy_kwargs"] == {
+        "max_queue_delay_s": 2.0,
+        "scale_in_window_s": 90.0,
+        "scale_to_zero_after_s": 600.0,
+        "rows_per_replica": 32,
+    }
+    QueueDelayPolicy(**scaled["policy"]["policy_kwargs"])
+
+
+def test_a_fixed_number_is_not_autoscaled() -> None:
+    settings = config.load({"replicas": 3}, environ={})
+    assert scaling_of(settings) is None
+    assert _autoscaling_config(Deploy(settings.engine, 3)) is None
 
 
 def test_kwargs_that_are_no_settings_are_refused() -> None:
