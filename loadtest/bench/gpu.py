@@ -46,6 +46,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--depth", type=int, nargs="+", default=[1], choices=[0, 1], help="steps in flight")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="0 = greedy")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs as well")
+    parser.add_argument(
+        "--mixed", type=int, default=32, help="rows that decode while a prompt of 2048 arrives; 0 = none"
+    )
     parser.add_argument("--profile", default="", help="a folder for profiles of one decode step")
     options = parser.parse_args(argv)
     if not has_gpu():
@@ -59,12 +62,12 @@ def main(argv: list[str]) -> int:
 
 
 def bench_shape(name: str, ceilings: GpuCeilings, options: argparse.Namespace) -> None:
-    longest = max([*options.prefill, options.prompt + options.tokens + WARM_STEPS + 600]) + 16
+    longest = max([*options.prefill, 2048, options.prompt + options.tokens + WARM_STEPS + 600]) + 16
     started = time.perf_counter()
     worker = random_worker(
         name,
         device="cuda",
-        max_num_seqs=max(options.streams),
+        max_num_seqs=max(*options.streams, options.mixed + 1),
         max_model_len=longest,
         max_num_batched_tokens=options.budget,
     )
@@ -100,6 +103,15 @@ def bench_shape(name: str, ceilings: GpuCeilings, options: argparse.Namespace) -
     for length in options.prefill:
         taken = [prefill_s(worker, length, options) for _ in range(options.repeat + 1)][1:]
         tell(f"prefill {length}", "eager", taken, length, prefill_time_min(shape, length, 0, ceilings.ceilings))
+    if options.mixed:
+        for has_graphs in ways:
+            use_graphs(worker, has_graphs)
+            steady, longest_s = interference(worker, options)
+            how = "graphs" if has_graphs else "eager"
+            rows.append([f"{options.mixed} rows + a prompt of 2048", how, "", f"{longest_s * 1e3:.3f}"])
+            rows[-1] += [f"steady {steady * 1e3:.3f}", "", ""]
+            more = {"steady_ms": round(steady * 1e3, 3), "shape": name, "how": how, "device": facts.name}
+            lines.append(line(bench=f"mixed {options.mixed}", value=round(longest_s * 1e3, 3), unit="ms", **more))
     title = (
         f"{name}, {facts.name}, torch {torch.__version__}, {worker.found.kernels}, ready in {start_s:.1f} s, KV cache "
         f"{worker.found.kv_cache_bytes / 1e9:.1f} GB of {facts.memory_bytes / 1e9:.1f}; ceilings {ceilings.as_json()}"
@@ -147,6 +159,22 @@ def prefill_s(worker: RandomWorker, length: int, options: argparse.Namespace) ->
     started = time.perf_counter()
     bench.run()
     return time.perf_counter() - started
+
+
+def interference(worker: RandomWorker, options: argparse.Namespace) -> tuple[float, float]:
+    """(a step without, the longest step with) parts of a prompt in it, in seconds."""
+    bench = decoding(worker, options.mixed, max(options.depth), 0.0, options)
+    for _ in range(32):
+        bench.core.step()
+    steady = float(np.median(bench.core.records.last(16)["duration_s"]))
+    for handle in range(3):  # the first ones teach the cost model
+        bench.add(1000 + handle, bench.random_prompt(handle, 2048), 1)
+        before = bench.core.num_steps
+        while not bench.tokens[1000 + handle]:
+            bench.core.step()
+    longest = float(bench.core.records.last(bench.core.num_steps - before)["duration_s"].max())
+    bench.drain()
+    return steady, longest
 
 
 def profile(worker: RandomWorker, streams: int, path: Path, options: argparse.Namespace) -> None:

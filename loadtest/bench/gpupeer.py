@@ -1,4 +1,4 @@
-"""A peer on the GPU: transformers' `generate` with a static cache, its decode step compiled, random weights.
+"""A peer on the GPU: transformers' `generate` with a static cache and random weights, compiled if asked (minutes).
 
 The time of a step is the difference between a long and a short run over the tokens between them: compilation, the
 prompt and the call itself are in neither.
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="have torch compile the decode step")
     options = parser.parse_args(argv)
     if not has_gpu():
         print("not measured: no CUDA device here", file=sys.stderr)
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
             taken = step_s(model, streams, options)
             value = streams / statistics.median(taken)
             rows.append([str(streams), f"{value:.1f}", f"{statistics.median(taken) * 1e3:.3f}"])
-            peer = f"transformers {transformers.__version__}, static cache"
+            peer = f"transformers {transformers.__version__}, static cache{', compiled' if options.compile else ''}"
             lines.append(
                 line(bench=f"decode {streams}", value=round(value, 1), unit="tok/s", shape=name) | {"engine": peer}
             )
@@ -67,6 +68,7 @@ def step_s(model: Any, streams: int, options: argparse.Namespace) -> list[float]
             do_sample=False,
             pad_token_id=0,
             cache_implementation="static",
+            disable_compile=not options.compile,
             max_length=None,
         )
         torch.accelerator.synchronize()

@@ -25,6 +25,7 @@ from models.ops.triton_rows import tanh
 
 QUERY_ROWS = 64
 SPLIT = 256  # keys
+MAX_SPLIT_TILES = 512
 
 
 @triton.jit
@@ -277,7 +278,9 @@ def attention(
     block_d = max(16, triton.next_power_of_2(head_size))
     num_splits = triton.cdiv(batch.max_seq_len, SPLIT)
     places = tokens * num_heads * num_splits
-    is_split = num_splits > 1 and places * (block_d + 2) * 4 <= max_part_bytes
+    # Enough tiles fill the device by themselves.
+    has_few_tiles = tokens // (queries // group) * num_kv_heads < MAX_SPLIT_TILES
+    is_split = num_splits > 1 and has_few_tiles and places * (block_d + 2) * 4 <= max_part_bytes
     parts, totals, bests = out, lse, lse
     if is_split:
         parts = torch.empty(places, block_d, dtype=torch.float32, device=q.device)

@@ -20,6 +20,9 @@ from serving.engine.request import Int32Array
 from serving.engine.sampling_rows import EDITED, RANDOM, SCORED, SamplingRows
 
 METHOD = "splitmix64-gumbel, splitmix64-inverse-cdf where edited or scored"
+GREEDY: Int32Array = np.array([0, 0, 0, 0, *np.array([1.0, -np.inf], np.float32).view(np.int32)], np.int32)
+"""What `DeviceSampler.describe` says of a row from which nothing is drawn or cut off [NUM_SAMPLING_FIELDS]."""
+
 UNREAD = -1
 """In place of a token that only the device knows."""
 

@@ -20,11 +20,12 @@ from models.ops.kernels import NUM_SAMPLING_FIELDS
 from models.parallel import Link
 from models.registry import CausalLM
 from serving.engine.device_sampler import UNREAD, DeviceSampler, DeviceSamples
-from serving.engine.graphs import DecodeGraphs
+from serving.engine.graphs import StepGraphs
 from serving.engine.plan import NO_IDS, Plan, decode_plan
 from serving.engine.request import Int32Array
 from serving.engine.sampler import NonFiniteLogits, Sampler
 from serving.engine.sampling_rows import SamplingRows
+from serving.engine.step_arrays import StepArrays, step_arrays
 
 FAULTY = -1
 """Instead of a token id."""
@@ -88,7 +89,7 @@ class ModelRunner:
         self._sampling = sampling
         self._sampler = None if sampling is None else Sampler(sampling)
         self._device_sampler = DeviceSampler(sampling, device) if sampling is not None and samples_on_device else None
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self.use_graphs = True
         self._is_table_new = True
         self._last: _OnDevice | None = None
@@ -99,24 +100,28 @@ class ModelRunner:
         # Unused entries name the sink: reading past a row's end is harmless and writing cannot happen.
         self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
 
-    def record_graphs(self, max_num_tokens: int) -> None:
-        """Have CUDA graphs for steps that only decode, and everything compiled that a step may need.
+    def prepare(self, max_num_tokens: int, *, has_graphs: bool) -> None:
+        """Have kernels compiled before the first request, and steps recorded as CUDA graphs.
 
         max_num_tokens: of a step. Nothing but the sink is written.
         """
         assert self._device_sampler is not None
         max_num_seqs, max_model_len = self._tokens.shape
+        max_num_tokens = min(max_num_tokens, max_num_seqs * max_model_len)
+        if has_graphs:
+            self._graphs = StepGraphs(
+                self.model,
+                self.kv_cache,
+                self._device_sampler,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                max_num_tokens=max_num_tokens,
+                device=self._device,
+            )
+            return
         with torch.inference_mode():
-            for count in sorted({min(n, max_num_tokens, max_model_len) for n in (2, 300, max_num_tokens)}):
+            for count in sorted({min(n, max_num_tokens, max_model_len) for n in (1, 2, 300, max_num_tokens)}):
                 self.model.forward(self._padding_batch(count), self.kv_cache)
-        self._graphs = DecodeGraphs(
-            self.model,
-            self.kv_cache,
-            self._device_sampler,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            device=self._device,
-        )
 
     def run(self, words: Int32Array) -> StepResult:
         """Execute an encoded plan. The result holds no tokens on ranks that do not sample."""
@@ -135,37 +140,35 @@ class ModelRunner:
             return self._last
         self._apply(plan)
         with torch.inference_mode():
-            batch, hidden, waited = self._batch(plan), None, 0.0
+            step, hidden, waited = step_arrays(plan, self._tokens, self._tables, self._block_size), None, 0.0
+            batch = self._batch(step)
             if self._before is not None:
                 asked = time.perf_counter()
                 hidden = self._before.receive((len(batch.token_ids), self.model.config.hidden_size))
                 waited = time.perf_counter() - asked
             computed = self.model.forward(batch, self.kv_cache, hidden)
-            result = self._sample(plan, computed)
+            result = self._sample(step, computed)
             self.busy_s = time.perf_counter() - started - waited
             if self._after is not None:
                 self._after.send(computed)
         return Computed(result)
 
     def _submit_to_device(self, plan: Plan, sampler: DeviceSampler) -> _OnDevice:
-        is_sampled = plan.num_samples > 0
-        slots, ends = plan.slots[is_sampled], (plan.starts + plan.num_tokens)[is_sampled]
+        step = step_arrays(plan, self._tokens, self._tables, self._block_size)
+        slots, ends = step.sampled_slots, step.ends
         positions = ends - self._num_prompt[slots]
-        has_graph = self._graphs is not None and self.use_graphs and bool((plan.num_tokens == 1).all())
-        if self._graphs is not None and has_graph and len(slots) == len(plan.slots):
-            token_ids = plan.token_ids if len(plan.token_ids) else self._tokens[slots, plan.starts]
-            logits, tokens = self._graphs.run(
-                slots, token_ids, plan.starts, positions, self._tables, is_table_new=self._is_table_new
-            )
+        graph = self._graphs.find(step) if self._graphs is not None and self.use_graphs else None
+        if self._graphs is not None and graph is not None:
+            logits, tokens = self._graphs.run(graph, step, positions, self._tables, is_table_new=self._is_table_new)
             self._is_table_new = False
         else:
-            batch = self._batch(plan)
-            logits = self.model.forward(batch, self.kv_cache)
-            if not len(slots):
-                return _OnDevice(self, slots, ends, None)
-            described = np.empty((NUM_SAMPLING_FIELDS, len(slots)), np.int32)
-            sampler.describe(slots, positions, described)
-            tokens = sampler.launch(logits, self._tensor(described), self._tensor(slots))
+            logits = self.model.forward(self._batch(step), self.kv_cache)
+            if len(slots):
+                described = np.empty((NUM_SAMPLING_FIELDS, len(slots)), np.int32)
+                sampler.describe(slots, positions, described)
+                tokens = sampler.launch(logits, self._tensor(described), self._tensor(slots))
+        if not len(slots):
+            return _OnDevice(self, slots, ends, None)
         self._put(slots, ends, np.full(len(slots), UNREAD, np.int32))
         return _OnDevice(self, slots, ends, sampler.collect(logits, tokens, slots))
 
@@ -207,40 +210,24 @@ class ModelRunner:
             self._tables[slot, first : first + count] = plan.block_ids[at : at + count]
             at += count
 
-    def _batch(self, plan: Plan) -> Batch:
-        counts, starts = plan.num_tokens, plan.starts
-        num_rows = len(counts)
-        query_start_loc = np.zeros(num_rows + 1, np.int32)
-        np.cumsum(counts, out=query_start_loc[1:])
-        seq_lens = starts + counts
-        max_query_len, max_seq_len = int(counts.max()), int(seq_lens.max())
-        tables = self._tables[plan.slots, : -(-max_seq_len // self._block_size)]
-        if max_query_len == 1:
-            row_of, positions = np.arange(num_rows), starts
-        else:
-            row_of = np.repeat(np.arange(num_rows), counts)
-            positions = np.arange(len(row_of), dtype=np.int32) + (starts - query_start_loc[:-1])[row_of]
-        token_ids = plan.token_ids if len(plan.token_ids) else self._tokens[plan.slots[row_of], positions]
-        slot_mapping = tables[row_of, positions // self._block_size] * self._block_size
-        slot_mapping += positions % self._block_size
+    def _batch(self, step: StepArrays) -> Batch:
+        tables = self._tables[step.slots, : -(-step.max_seq_len // self._block_size)]
         return Batch(
-            token_ids=self._inputs(token_ids, plan.slots[row_of]),
-            positions=self._tensor(positions),
-            query_start_loc=self._tensor(query_start_loc),
-            seq_lens=self._tensor(seq_lens),
+            token_ids=self._inputs(step.token_ids, step.token_slots),
+            positions=self._tensor(step.positions),
+            query_start_loc=self._tensor(step.query_start_loc),
+            seq_lens=self._tensor(step.seq_lens),
             block_table=self._tensor(tables),
-            slot_mapping=self._tensor(slot_mapping),
-            logits_indices=self._tensor(query_start_loc[1:][plan.num_samples > 0] - np.int32(1)),
-            max_query_len=max_query_len,
-            max_seq_len=max_seq_len,
+            slot_mapping=self._tensor(step.places),
+            logits_indices=self._tensor(step.logits_indices),
+            max_query_len=step.max_query_len,
+            max_seq_len=step.max_seq_len,
         )
 
-    def _sample(self, plan: Plan, logits: torch.Tensor) -> StepResult:
-        is_sampled = plan.num_samples > 0
-        slots = plan.slots[is_sampled]
+    def _sample(self, step: StepArrays, logits: torch.Tensor) -> StepResult:
+        slots, ends = step.sampled_slots, step.ends
         if self._sampler is None or not len(slots):
             return StepResult(NO_IDS, {})
-        ends = (plan.starts + plan.num_tokens)[is_sampled]
         logits = logits.cpu()  # where they are already, unless the model is on another device
         result = self._sample_finite(self._sampler, logits, slots, ends - self._num_prompt[slots])
         # A faulty row may have another step in flight: its input must be a token all the same.

@@ -150,10 +150,11 @@ class Worker:
             samples_on_device=self._samples_on_device,
         )
         self._report("kv cache", time.perf_counter() - started)
-        if self._has_graphs:
+        if self._samples_on_device and self._group.size == self._stages.count == 1:
             started = time.perf_counter()
-            self.runner.record_graphs(settings.max_num_batched_tokens)
-            self._report("graphs", time.perf_counter() - started)
+            # The routing of a mixture of experts meets the host, which no graph can.
+            self.runner.prepare(settings.max_num_batched_tokens, has_graphs=self.config.experts is None)
+            self._report("kernels", time.perf_counter() - started)
         self.found = Found(
             fingerprint=fingerprint(self.agreed),
             max_model_len=self.max_model_len,
@@ -173,12 +174,6 @@ class Worker:
     @property
     def _samples_on_device(self) -> bool:
         return self._device.type == "cuda" and self._kernels.name == "triton"
-
-    @property
-    def _has_graphs(self) -> bool:
-        """Not for gangs, whose ranks meet on the host, nor for mixtures, whose routing does."""
-        is_alone = self._group.size == 1 and self._stages.count == 1
-        return self._samples_on_device and is_alone and self.config.experts is None
 
     def submit(self, words: Int32Array) -> StepHandle:
         """Begin an encoded plan; on a GPU the next may be begun before its result is there."""

@@ -15,10 +15,14 @@ import pytest
 import torch
 
 from models.kv_cache import KVCache
+from models.ops.kernels import NUM_SAMPLING_FIELDS
+from models.ops.triton_sampling import floors
 from serving.engine.device_sampler import UNREAD, DeviceSampler
-from serving.engine.graphs import DecodeGraphs, ladder
+from serving.engine.graphs import StepGraphs, ladder
+from serving.engine.plan import NO_IDS, Plan
 from serving.engine.runner import FAULTY, ModelRunner
 from serving.engine.sampling_rows import SamplingRows
+from serving.engine.step_arrays import step_arrays
 from serving.engine.worker import Worker
 from serving.types import SamplingParams
 from tests.engine.real import Engine, Job, Transcript, make_worker
@@ -88,7 +92,7 @@ def test_tokens_left_on_the_device_are_the_hosts(
     plain = make_worker(Path(worker.settings.model_dir), max_num_seqs=SLOTS, num_threads=1)
     wanted = run(Engine(plain, max_num_seqs=SLOTS), jobs)
     if has_graphs:
-        on_device.runner.record_graphs(64)
+        on_device.runner.prepare(20, has_graphs=True)
     engine = Engine(on_device, max_num_seqs=SLOTS, num_blocks=7, budget=20, async_depth=depth)
     got = run(engine, jobs)
     assert sum(request.num_preemptions for request in engine.requests.values()) > 0
@@ -104,9 +108,9 @@ def test_random_rows_do_not_depend_on_company_depth_or_graphs(on_device: Worker)
         jobs.append(Job(tuple(rng.randrange(3, 290) for _ in range(rng.randint(1, 20))), sampling))
     alone = [run(Engine(on_device, max_num_seqs=SLOTS, enable_prefix_cache=False), [job])[0] for job in jobs]
     assert len({tuple(t.tokens) for t in alone}) == len(jobs)
-    on_device.runner.record_graphs(64)
+    on_device.runner.prepare(20, has_graphs=True)
     for depth in (0, 1):
-        together = run(Engine(on_device, max_num_seqs=SLOTS, budget=24, async_depth=depth), jobs)
+        together = run(Engine(on_device, max_num_seqs=SLOTS, budget=20, async_depth=depth), jobs)
         assert [t.tokens for t in together] == [t.tokens for t in alone]
     resumed = Engine(on_device, max_num_seqs=SLOTS, async_depth=1)
     for handle, (job, whole) in enumerate(zip(jobs, alone, strict=True)):
@@ -141,30 +145,41 @@ def test_the_ladder_reaches_the_largest_batch_with_little_padding(most: int) -> 
     assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == most
     for rows in range(1, most + 1):
         size = next(size for size in sizes if size >= rows)
-        assert size - rows <= max(3, rows * 0.25)
-    assert len(sizes) <= 6 + 5 * most.bit_length()
+        assert size - rows <= rows * 0.25
+    assert len(sizes) <= 4 * most.bit_length()
 
 
-def test_padding_writes_to_the_sink_alone_and_leaves_no_token(worker: Worker) -> None:
-    sampling = SamplingRows(8, worker.model.logits_size, worker.model.logits_size, ())
+@pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "mixed"])
+def test_padding_writes_to_the_sink_alone_and_leaves_no_token(worker: Worker, is_decode: bool) -> None:
+    sampling = SamplingRows(10, worker.model.logits_size, worker.model.logits_size, ())
     sampler = DeviceSampler(sampling, CPU)
-    cache = KVCache(worker.config, worker.model.kernels, 9, 16, torch.bfloat16)
-    graphs = DecodeGraphs(worker.model, cache, sampler, max_num_seqs=8, max_model_len=64, device=CPU)
-    assert graphs.sizes == [1, 2, 4, 8]
+    cache = KVCache(worker.config, worker.model.kernels, 11, 16, torch.bfloat16)
+    graphs = StepGraphs(worker.model, cache, sampler, max_num_seqs=10, max_model_len=64, max_num_tokens=24, device=CPU)
+    assert graphs.sizes == ([1, 2, 3, 4, 5, 6, 7, 8, 10], [16, 24])
     for kv in cache.layers:
         kv.key.fill_(7.0)  # type: ignore[union-attr]
         kv.value.fill_(7.0)  # type: ignore[union-attr]
     before = [(kv.key.clone(), kv.value.clone()) for kv in cache.layers if kv is not None]
-    slots, positions = np.array([6, 1, 3, 0, 5], np.int32), np.array([0, 3, 15, 1, 2], np.int32)
-    tables = np.zeros((8, 4), np.int32)
-    tables[slots, 0] = [2, 4, 5, 6, 8]
+    slots, starts = np.array([6, 1, 3, 0, 5, 7, 8, 9, 4], np.int32), np.array([0, 3, 15, 1, 2, 5, 6, 7, 8], np.int32)
+    tables, tokens = np.zeros((10, 4), np.int32), np.full((10, 64), 20, np.int32)
+    tables[slots, 0] = np.arange(2, 11)
     sampler.latest.fill_(UNREAD - 5)
+    counts, samples = np.ones(9, np.int32), np.ones(9, np.int32)
+    if not is_decode:
+        counts[[1, 4]], samples[1] = [4, 3], 0
+    plan = Plan(0, slots, counts, starts, samples, NO_IDS, NO_IDS.reshape(0, 3), NO_IDS, ())
+    step = step_arrays(plan, tokens, tables, 16)
+    graph = graphs.find(step)
+    assert graph is not None and (graph.num_tokens, graph.num_rows) == ((10, 10) if is_decode else (16, 10))
     with torch.inference_mode():
-        logits, tokens = graphs.run(slots, slots + 20, positions, positions, tables, is_table_new=True)
-    assert len(logits) == len(tokens) == 5
-    assert (sampler.latest[torch.from_numpy(slots).long()] == tokens[:, 0]).all()
-    assert (sampler.latest[[2, 4, 7]] == UNREAD - 5).all()
+        logits, chosen = graphs.run(graph, step, step.ends, tables, is_table_new=True)
+    assert len(logits) == len(chosen) == samples.sum()
+    assert floors(graph.logits, graph.fields.rows[-NUM_SAMPLING_FIELDS:], 9).isneginf().all(), "padding is cut off"
+    sampled = slots[samples > 0].tolist()
+    assert (sampler.latest[sampled] == chosen[:, 0]).all()
+    others = sorted(set(range(10)) - set(sampled))
+    assert (sampler.latest[others] == UNREAD - 5).all()
     for kv, (key, value) in zip(cache.layers, before, strict=True):
         assert kv is not None
         changed = (kv.key != key).flatten(1).any(1) | (kv.value != value).flatten(1).any(1)
-        assert changed.nonzero().flatten().tolist() == [0, 2, 4, 5, 6, 8]
+        assert changed.nonzero().flatten().tolist() == [0, *range(2, 11)]
