@@ -203,7 +203,10 @@ class Directory:
             self._waking = asyncio.create_task(self._keep_waking())
         elif is_open and not is_needed and self._waking is not None:
             if self._num_ready:
-                self._start_s = time.monotonic() - self._waking_since
+                # What came may have been on its way already; its own account of the start is then the longer one.
+                told = [report for report in self._reports if report.replica in self._entries]
+                loading_s = sum(report.seconds for report in told if not report.total_bytes)
+                self._start_s = max(time.monotonic() - self._waking_since, loading_s / max(self._num_ready, 1))
             self._waking.cancel()
 
     async def _keep_waking(self) -> None:

@@ -13,6 +13,7 @@ from collections import deque
 import pytest
 
 from serving.deployments.autoscaling import (
+    SHORTEST_WAIT_S,
     Autoscaler,
     Decision,
     Demand,
@@ -248,6 +249,19 @@ def test_a_rising_load_is_met_before_it_arrives() -> None:
         fleet.apply(policy.decide(fleet.seen()))
         worst = max(worst, fleet.queued)
     assert worst <= 2 * SLOTS, f"{worst} choices waited"
+
+
+def test_a_need_that_only_the_trend_shows_must_last() -> None:
+    fleet, policy = Fleet(3, low=3), Autoscaler(SETTINGS)
+    run(fleet, policy, 2.0, 200)
+    since, queued = math.inf, 0
+    while (decision := policy.decide(fleet.seen())).num_replicas == 3:
+        since = min(since, math.inf if policy._short_since is None else policy._short_since)
+        queued += fleet.queued
+        fleet.step(5.0, 0.5)
+        assert fleet.now < 2000.0, "20 busy slots of 24 are too many"
+    assert queued == 0 and "will take" in decision.reason
+    assert fleet.now - since >= SHORTEST_WAIT_S
 
 
 def test_a_full_kv_cache_counts_though_slots_are_free() -> None:
