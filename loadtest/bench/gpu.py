@@ -102,7 +102,7 @@ def bench_shape(name: str, ceilings: GpuCeilings, options: argparse.Namespace) -
             profile(worker, streams, Path(options.profile) / f"{name}-{streams}.txt", options)
     for length in options.prefill:
         taken = [prefill_s(worker, length, options) for _ in range(options.repeat + 1)][1:]
-        tell(f"prefill {length}", "eager", taken, length, prefill_time_min(shape, length, 0, ceilings.ceilings))
+        tell(f"prefill {length}", "graphs", taken, length, prefill_time_min(shape, length, 0, ceilings.ceilings))
     if options.mixed:
         for has_graphs in ways:
             use_graphs(worker, has_graphs)

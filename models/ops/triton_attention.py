@@ -8,9 +8,9 @@ program that walks them all or, where each split has a program of its own (split
 length), by a second kernel. Which of the two runs can not change a bit: contraction is off, and an FMA stands where it
 is written. What a query does not see is an exact no-op: probability 0, factor exp(0) = 1.
 
-Unproved on a GPU: all of this ran under Triton's interpreter only (tests/models/ops/test_triton_attention.py), and was
-compiled. That a row of a product does not depend on its place in the tile is expected of the hardware, not seen.
-fp32 is multiplied as three products of TF32 there, which only a GPU can show to be precise enough.
+tests/models/ops/test_triton_attention.py holds all of this on a GPU, or else under Triton's interpreter. On an H100 and
+an H200 a row of a product did not depend on its place in the tile, on the latter not even on whether the tile has 16
+rows (`triton_decode`) or 64; and fp32, three products of TF32 there, was within 2e-5 of the oracle.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Decode attention in Triton: rows with one query each, their splits dealt out among however many programs there are.
 
 A split is computed as in `triton_attention`, of the same length and folded in the same order, but by a tile of 16 query
-rows: of its bandwidth an H200 reads 59 % with tiles of 64, and 86 % with tiles of 16 (128 rows of 2,048 keys).
-So a row has the same bits in any batch of decodes, but a GPU does not promise those that it has beside a prompt. A list
-of all rows' splits is shared among programs whose number depends on the device and the number of rows alone, and the
-results lie one row after the other. So a launch depends on no length, and a CUDA graph of it serves any.
+rows: of its bandwidth an H200 reads 59 % with tiles of 64, and 86 % with tiles of 16 (128 rows of 2,048 keys). So a
+row has the same bits in any batch of decodes; that it has them beside a prompt, too, was seen and is not promised. A
+list of all rows' splits is shared among programs whose number depends on the device and the number of rows alone, and
+the results lie one row after the other. So a launch depends on no length, and a CUDA graph of it serves any.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Norms of heads, rotary positions and the store into the KV cache as one Triton kernel.
 
 A program owns 32 heads, of one token or of neighbours, each of which depends on itself alone. Keys and values:
-[num_blocks, block_size, num_kv_heads, head_size]. Unproved on a GPU: it ran under Triton's interpreter only
-(tests/models/ops/test_triton_rows.py).
+[num_blocks, block_size, num_kv_heads, head_size].
 """
 
 from __future__ import annotations

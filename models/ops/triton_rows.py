@@ -1,8 +1,7 @@
 """Triton kernels that treat every row or value alone: norms, gates, activations, soft caps.
 
 A program owns a row, or a fixed number of values of one: what it computes depends on nothing else, so a row's bits do
-not depend on its batch. All arithmetic is fp32, whatever is loaded and stored. Unproved on a GPU: these ran under
-Triton's interpreter only (tests/models/ops/test_triton_rows.py).
+not depend on its batch. All arithmetic is fp32, whatever is loaded and stored.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class Worker:
             samples_on_device=self._samples_on_device,
         )
         self._report("kv cache", time.perf_counter() - started)
-        if self._samples_on_device and self._group.size == self._stages.count == 1:
+        if self._samples_on_device:
             started = time.perf_counter()
             # The routing of a mixture of experts meets the host, which no graph can.
             self.runner.prepare(settings.max_num_batched_tokens, has_graphs=self.config.experts is None)
@@ -173,7 +173,9 @@ class Worker:
 
     @property
     def _samples_on_device(self) -> bool:
-        return self._device.type == "cuda" and self._kernels.name == "triton"
+        """Not in gangs: their ranks meet on the host in every step."""
+        is_alone = self._group.size == self._stages.count == 1
+        return is_alone and self._device.type == "cuda" and self._kernels.name == "triton"
 
     def submit(self, words: Int32Array) -> StepHandle:
         """Begin an encoded plan; on a GPU the next may be begun before its result is there."""
