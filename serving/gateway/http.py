@@ -37,6 +37,7 @@ MAX_CONNECTIONS = 16384
 HEADER_TIMEOUT_S = 10.0
 BODY_TIMEOUT_S = 30.0
 LINGER_S = 1.0  # how long a refused client may go on sending into the void
+LAST_WORDS_S = 0.1  # between a stream's error and the end of its connection
 FLUSH_S = 60.0  # how long a client may take to read a reply that is complete
 UNSENT_BYTES = 48 << 10  # writing pauses above this; one rendered piece may follow it
 _TCP_NOTSENT_LOWAT = 25
@@ -118,21 +119,23 @@ class BoundedProtocol(HttpToolsProtocol):
         for cycle in self._cycles:
             cycle.disconnected = True  # its handler has said all that it had to say
             cycle.message_event.set()
-        if not self.transport.is_closing():
-            self._abort_later(FLUSH_S)
-            self.transport.close()
+        # A browser whose body breaks drops what its page has not read yet: that would be the error itself.
+        self.loop.call_later(LAST_WORDS_S, self._close)
 
     def timeout_keep_alive_handler(self) -> None:
         """An idle connection closes; one that still has to read its reply gets the time for it."""
-        if not self.transport.is_closing():
-            self._abort_later(FLUSH_S)
-            self.transport.close()
+        self._close()
 
     def shutdown(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
-            self.break_off()
+            self._close()
         else:
             super().shutdown()
+
+    def _close(self) -> None:
+        if not self.transport.is_closing():
+            self._abort_later(FLUSH_S)
+            self.transport.close()
 
     # --- bytes ------------------------------------------------------------------------------------
 

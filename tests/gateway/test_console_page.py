@@ -75,6 +75,32 @@ def test_a_stream_that_breaks_shows_what_came_and_the_servers_words(browser: Bro
         page.close()
 
 
+READ = """(async () => {
+  let text = "";
+  try {
+    const body = JSON.stringify({prompt: "x", max_tokens: 50, stream: true});
+    const reply = await fetch("/v1/completions", {method: "POST", body});
+    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (;;) {
+      const {done, value} = await reader.read();
+      if (done) return "a clean end: " + text;
+      text += value;
+    }
+  } catch (error) { return error.name + ": " + text }
+})()"""
+
+
+def test_a_page_reads_the_error_before_the_stream_breaks(browser: Browser) -> None:
+    """A body that breaks takes along what its reader has not read: the error used to be lost in two of three."""
+    failure = NoCapacity("Every replica is gone.", retry_after_s=1.0, reason="draining")
+    with a_world(Script(text="hello world and more", gap_s=0.005, fail_after=6, failure=failure)) as world:
+        page = browser.open(f"{world.url}/console")
+        for _ in range(8):
+            told = page.value(READ)
+            assert told.startswith("TypeError: ") and "Every replica is gone." in told.splitlines()[-2], told
+        page.close()
+
+
 def test_a_hidden_page_asks_nothing(page: Page) -> None:
     def hide(is_hidden: bool) -> None:
         hidden = json.dumps(is_hidden)
