@@ -61,7 +61,7 @@ def serve(
     device: Annotated[str | None, _flag("Where the model computes. [cpu]", "cpu|cuda")] = None,
     max_model_len: Annotated[str | None, _flag("Prompt and output tokens of one request. [the model's]", "N")] = None,
     max_num_seqs: Annotated[str | None, _flag("Rows that a replica runs at once. [32]", "N")] = None,
-    max_num_batched_tokens: Annotated[str | None, _flag("Tokens of one engine step. [256]", "N")] = None,
+    max_num_batched_tokens: Annotated[str | None, _flag("Tokens of one engine step. [256; 2048 on cuda]", "N")] = None,
     kv_cache_bytes: Annotated[
         str | None, _flag("KV cache of each rank, e.g. 512MiB. [from free memory]", "SIZE")
     ] = None,
@@ -181,7 +181,7 @@ def plan(
     ] = None,
     context: Annotated[str | None, _flag("Tokens of one request. [8192, or the model's limit]", "N")] = None,
     max_num_seqs: Annotated[str | None, _flag("Rows that a replica runs at once. [32]", "N")] = None,
-    max_num_batched_tokens: Annotated[str | None, _flag("Tokens of one engine step. [256]", "N")] = None,
+    max_num_batched_tokens: Annotated[str | None, _flag("Tokens of one engine step. [256; 2048 on cuda]", "N")] = None,
     memory: Annotated[str | None, _flag("Of one device, in place of what --gpu says: 80GB.", "SIZE")] = None,
     bandwidth: Annotated[str | None, _flag("Likewise: 3.0TB/s.", "RATE")] = None,
     flops: Annotated[str | None, _flag("Likewise, of linears: 798T.", "RATE")] = None,
@@ -282,7 +282,7 @@ def k8s(context: typer.Context) -> None:
     """Deploy to a Kubernetes cluster and operate it; --help lists the commands."""
     import importlib
 
-    raise typer.Exit(importlib.import_module("k8s.tool.commands").main(list(context.args)))
+    raise typer.Exit(importlib.import_module("k8s.tool.main").main(list(context.args)))
 
 
 @app.command()

@@ -162,6 +162,9 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
     "trace_sample": (0, 1),
 }
 
+_CUDA_BATCHED_TOKENS: Final = 2048
+"""A prompt of 256 tokens leaves a GPU's arithmetic units waiting for weights."""
+
 _LATER: Final = {
     "gateways": "several gateway processes",
 }
@@ -345,8 +348,13 @@ def _fit_budget(engine: dict[str, Any]) -> None:
             f"--max-num-batched-tokens: {asked} is less than --max-num-seqs {rows}, and every row gets a token in "
             "every step; raise the one or lower the other"
         )
-    if asked is None and rows > _default(EngineSettings, "max_num_batched_tokens"):
-        engine["max_num_batched_tokens"] = rows
+    if asked is None:
+        usual = (
+            _CUDA_BATCHED_TOKENS
+            if engine.get("device") == "cuda"
+            else _default(EngineSettings, "max_num_batched_tokens")
+        )
+        engine["max_num_batched_tokens"] = max(rows, usual)
 
 
 def _fit_collectives(engine: dict[str, Any]) -> None:

@@ -257,6 +257,8 @@ def test_settings_and_facts_need_neither_torch_nor_ray() -> None:
 def test_the_budget_of_a_step_holds_a_token_for_every_row() -> None:
     assert config.load({"max_num_seqs": "512"}, environ={}).engine.max_num_batched_tokens == 512
     assert config.load({"max_num_seqs": "8"}, environ={}).engine.max_num_batched_tokens == 256
+    assert config.load({"device": "cuda"}, environ={}).engine.max_num_batched_tokens == 2048
+    assert config.load({"device": "cuda", "max_num_seqs": "4096"}, environ={}).engine.max_num_batched_tokens == 4096
     with pytest.raises(SettingsError, match="64 is less than --max-num-seqs 100"):
         config.load({"max_num_seqs": "100", "max_num_batched_tokens": "64"}, environ={})
 

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import numpy as np
 
 from serving.engine.cost import Features, features
-from serving.engine.executor import Executor, StepHandle
+from serving.engine.executor import Executor
 from serving.engine.limit import StepLimit
 from serving.engine.output import StepOutput
 from serving.engine.plan import Plan
 from serving.engine.records import StepRecords
+from serving.engine.runner import StepHandle
 from serving.engine.scheduler import Scheduler
 from serving.types import StepRecord
 

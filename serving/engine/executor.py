@@ -11,8 +11,7 @@ from models.parallel import TransportError
 from serving.engine.gang import Gang, GangFailed
 from serving.engine.plan import Plan
 from serving.engine.rank_wire import plan_frame
-from serving.engine.runner import Computed, StepResult
-from serving.engine.runner import StepHandle as StepHandle  # noqa: PLC0414  (what an executor gives)
+from serving.engine.runner import Computed, StepHandle, StepResult
 from serving.engine.worker import Worker
 
 

@@ -33,7 +33,8 @@ def run(model: str | None, flags: Flags, store: Path, console: Console) -> int:
         print_choices(console)
         return FITS
     output = _choice(flags, "output", ("table", "json"), "table")
-    plan = make_plan(_demand(model, flags, store), _machine(flags))
+    machine = _machine(flags)
+    plan = make_plan(_demand(model, flags, store, machine.accelerator), machine)
     if output == "json":
         console.file.write(json.dumps(as_json(plan), indent=2) + "\n")
     else:
@@ -41,7 +42,7 @@ def run(model: str | None, flags: Flags, store: Path, console: Console) -> int:
     return FITS if plan.placements else NOTHING_FITS
 
 
-def _demand(model: str, flags: Flags, store: Path) -> Demand:
+def _demand(model: str, flags: Flags, store: Path, accelerator: Accelerator) -> Demand:
     config, stored = find_config(model, store)
     dtype = _choice(flags, "dtype", tuple(DTYPE_BYTES), "bfloat16")
     quantization = _choice(flags, "quantization", ("auto", *QUANTIZATIONS), "auto")
@@ -52,7 +53,7 @@ def _demand(model: str, flags: Flags, store: Path) -> Demand:
         config=config,
         context=_count(flags, "context", min(_DEFAULT_CONTEXT, config.max_position_embeddings), 1 << 24),
         max_num_seqs=_count(flags, "max_num_seqs", 32, 1 << 16),
-        max_num_batched_tokens=_count(flags, "max_num_batched_tokens", 256, 1 << 20),
+        max_num_batched_tokens=_count(flags, "max_num_batched_tokens", 256 if accelerator.is_cpu else 2048, 1 << 20),
         dtype=dtype,
         has_stored_codes=stored == "int4",
         quantization=stored if quantization == "auto" else quantization,
