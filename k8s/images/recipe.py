@@ -67,7 +67,14 @@ class Stage:
 
     def run(self, script: str, *, timeout_s: float = BUILD_S) -> None:
         """A shell's line in the root, as its user. Raises RecipeError with the end of its output."""
-        command = ["chroot", f"--userspec={self.user}", self.root, "/bin/sh", "-c", f"cd {self.workdir} && {script}"]
+        command = [
+            "chroot",
+            f"--userspec={self.user}",
+            str(self.root),
+            "/bin/sh",
+            "-c",
+            f"cd {self.workdir} && {script}",
+        ]
         environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **self.args, **self.env}
         environment = {name: value for name, value in environment.items() if value}
         ran = subprocess.run(
