@@ -1,4 +1,4 @@
-"""`argosy k8s`: the commands, as thin as they can be. `main` is what serving/cli.py calls."""
+"""`argosy k8s`: the commands that put a spec on a cluster, and what all commands share. As thin as they can be."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from typer.exceptions import TyperException
 
 from k8s import render as rendering
 from k8s.tool import exits, plan_report, tables
@@ -38,21 +37,6 @@ Kubeconfig = Annotated[
 Context = Annotated[str | None, typer.Option(help="Of the kubeconfig. [its current one]", metavar="NAME")]
 Timeout = Annotated[float, typer.Option("--request-timeout", help="Deadline of each call, in seconds.", min=0.1)]
 Output = Annotated[str, typer.Option("-o", "--output", help="text, or JSON for programs.", metavar="text|json")]
-
-
-def main(arguments: list[str]) -> int:
-    """An exit code of exits.MEANINGS."""
-    try:
-        return int(app(arguments, prog_name="argosy k8s", standalone_mode=False) or 0)
-    except ToolError as error:
-        typer.echo(f"error: {error}", err=True)
-        return error.code
-    except TyperException as error:  # wrong usage, which is an error here and not the 2 that means changes
-        if text := str(error):
-            typer.echo(f"error: {text}; {(arguments or [''])[0]} --help lists what there is", err=True)
-        return exits.ERROR
-    except (typer.Abort, KeyboardInterrupt):
-        return 130
 
 
 @contextlib.contextmanager

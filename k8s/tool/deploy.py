@@ -16,6 +16,7 @@ from k8s.spec import ServingSpec
 from k8s.tool import exits, upgrade
 from k8s.tool.cluster import Cluster
 from k8s.tool.exits import ApiError, Refused, ToolError
+from k8s.tool.fleet import read_fleet
 from k8s.tool.goals import WATCHED, Goal, goals_of, why_not
 from k8s.tool.kinds import POD, RAY_CLUSTER, RAY_SERVICE, SECRET, kind_of, title
 from k8s.tool.mirror import Mirror
@@ -71,8 +72,8 @@ def deploy(cluster: Cluster, spec: ServingSpec, options: Options, progress: Prog
     things = objects_of(spec)
     revisions = _history(cluster, spec, options)
     previous = revisions[0].manifest if revisions else []
-    plan = make_plan(cluster, spec, things, previous)
-    _check(plan, options)
+    plan = make_plan(cluster, spec, things, previous, forces_conflicts=options.forces_conflicts)
+    check(plan, options)
     progress.tell("plan", f"{plan.upgrade.kind}: {plan.upgrade.explained}", upgrade=plan.upgrade.kind)
     for warning in plan.warnings:
         progress.tell("warning", warning)
@@ -147,12 +148,15 @@ class Deployment:
                 for thing in group:
                     self._apply(thing)
                     if thing["kind"] == "RayService":
-                        self._resize(thing)
+                        self._resize(thing, shrinks=False)
                         if recreates:
                             self._recreate(thing)
                 self._progress.tell("applied", f"{name}: {len(group)} objects", wave=name, objects=len(group))
                 if self._options.waits:
                     self._wait(mirror, name, goals_of(group), since)
+                for thing in group:
+                    if thing["kind"] == "RayService":  # now Serve has taken replicas off the pods that go
+                        self._resize(thing, shrinks=True)
 
     def _apply(self, thing: Object) -> None:
         """What a namespace's owner may not apply is told, and left to whoever may."""
@@ -210,13 +214,13 @@ class Deployment:
         active = status.get("rayClusterName")
         return self._cluster.get(RAY_CLUSTER, active, namespace) if active else None
 
-    def _resize(self, service: Object) -> None:
+    def _resize(self, service: Object, *, shrinks: bool) -> None:
         """KubeRay hands bounds of worker groups on only to new clusters; the running one gets them from us."""
         for _ in range(5):
             live = self._active_cluster(service)
-            patch = upgrade.resizing(live, service) if live else []
-            if not live or not patch:
+            if live is None or not upgrade.resizing(live, service, shrinks=shrinks):
                 return
+            patch = upgrade.resizing(live, service, shrinks=shrinks, idle=self._idle_pods() if shrinks else ())
             name = live["metadata"]["name"]
             try:
                 self._cluster.patch(RAY_CLUSTER, name, self._spec.namespace, patch)
@@ -224,12 +228,20 @@ class Deployment:
                 if error.status not in (409, 422):
                     raise
                 continue
-            changed = ", ".join(
-                f"{step['path'].rpartition('/')[2]} {step['value']}" for step in patch if step["op"] == "add"
-            )
+            steps = [step for step in patch if step["op"] == "add"]
+            changed = ", ".join(f"{step['path'].rpartition('/')[2]} {step['value']}" for step in steps)
             self._progress.tell("resized", f"RayCluster {name}: {changed}")
             return
         raise ToolError(f"RayCluster of {service['metadata']['name']}: changed by others five times in a row")
+
+    def _idle_pods(self) -> list[str]:
+        """Workers without a replica."""
+        fleet = read_fleet(self._cluster, self._spec.name, self._spec.namespace, kinds=(POD,))
+        if fleet.replicas is None:
+            self._progress.tell("warning", f"KubeRay chooses which pods go: {fleet.unknown['replicas']}")
+            return []
+        busy = {pod for replica in fleet.replicas for pod in replica.pods}
+        return sorted(pod["metadata"]["name"] for pod in fleet.workers if pod["metadata"]["name"] not in busy)
 
     def _recreate(self, service: Object) -> None:
         live = self._active_cluster(service)
@@ -309,7 +321,8 @@ def _history(cluster: Cluster, spec: ServingSpec, options: Options) -> list[Revi
     return revisions
 
 
-def _check(plan: Plan, options: Options) -> None:
+def check(plan: Plan, options: Options) -> None:
+    """Raises Refused for a plan that would do harm, as far as the options do not allow it."""
     refusals = list(plan.refusals)
     if options.ignores_capacity:
         refusals = [text for text in refusals if text not in plan.demand.refusals]

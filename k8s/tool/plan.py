@@ -63,8 +63,16 @@ class Plan:
         return exits.REFUSED if self.refusals else exits.CHANGES
 
 
-def make_plan(cluster: Cluster, spec: ServingSpec, things: Sequence[Object], previous: Sequence[Object]) -> Plan:
+def make_plan(
+    cluster: Cluster,
+    spec: ServingSpec,
+    things: Sequence[Object],
+    previous: Sequence[Object],
+    *,
+    forces_conflicts: bool = False,
+) -> Plan:
     """things: all objects as they should be; previous: as they were applied last, as far as that is known.
+    forces_conflicts: whether fields of other managers would be taken.
 
     Raises ApiError, DeadlineError; what may not be read is UNKNOWN instead.
     """
@@ -76,7 +84,9 @@ def make_plan(cluster: Cluster, spec: ServingSpec, things: Sequence[Object], pre
     warnings: list[str] = []
     changes: list[Change] = []
     for thing in ordered:
-        change, refusal = _compare(cluster, thing, live, before.get(_key(thing)), is_local=bool(why_local))
+        change, refusal = _compare(
+            cluster, thing, live, before.get(_key(thing)), is_local=bool(why_local), is_forced=forces_conflicts
+        )
         changes.append(change)
         if refusal:
             refusals.append(refusal)
@@ -143,7 +153,7 @@ class _Live:
 
 
 def _compare(
-    cluster: Cluster, thing: Object, live: _Live, previous: Object | None, *, is_local: bool
+    cluster: Cluster, thing: Object, live: _Live, previous: Object | None, *, is_local: bool, is_forced: bool
 ) -> tuple[Change, str]:
     """(the change, why it cannot be made)."""
     now = live.find(thing)
@@ -156,12 +166,15 @@ def _compare(
     in_namespace = "namespace" not in thing["metadata"] or live.has_namespace is not False
     if not is_local and in_namespace:
         try:
-            found = differences(now, cluster.apply(thing, is_dry_run=True), is_partial=False)
+            tried = cluster.apply(thing, is_dry_run=True, is_forced=is_forced)
+            found = differences(now, tried, is_partial=False)
         except ApiError as error:
             if error.is_forbidden and wave_of(thing) == POLICY:
                 note = f"will not be applied: {error.message}"
             elif error.is_missing:
                 refusal = f"{title(thing)}: this cluster does not know {kind_of(thing).resource}; install its CRD"
+            elif error.status == 409:
+                refusal = f"{error}; --force-conflicts takes the fields"
             else:
                 refusal = str(error)
     if now is None:

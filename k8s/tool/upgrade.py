@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Final
 
 import yaml
@@ -93,10 +94,13 @@ def groups(cluster_spec: Object) -> dict[str, Object]:
     return {group["groupName"]: group for group in cluster_spec.get("workerGroupSpecs") or []}
 
 
-def resizing(live_cluster: Object, wanted: Object) -> list[dict[str, Any]]:
+def resizing(live_cluster: Object, wanted: Object, *, shrinks: bool, idle: Sequence[str] = ()) -> list[dict[str, Any]]:
     """A JSON patch that gives a running RayCluster the bounds of a RayService, which KubeRay hands on only to new
-    clusters. `replicas` is left to Ray's autoscaler where that runs; else it is the minimum. Each group is tested
-    to be where it was read, so that a changed list fails instead of being mistaken."""
+    clusters. `replicas` is left to Ray's autoscaler where that runs; else it is the minimum.
+
+    shrinks: only groups that lose pods, else only the others. idle: pods without a replica, which are named to go
+    first. Each group is tested to be where it was read, so that a changed list fails instead of being mistaken.
+    """
     config = wanted["spec"]["rayClusterConfig"]
     has_autoscaler = bool(config.get("enableInTreeAutoscaling"))
     asked = groups(config)
@@ -105,12 +109,17 @@ def resizing(live_cluster: Object, wanted: Object) -> list[dict[str, Any]]:
         goal = asked.get(group["groupName"])
         if goal is None:
             continue
+        fewer = 0 if has_autoscaler else int(group.get("replicas") or 0) - int(goal.get("replicas") or 0)
         names = ["minReplicas", "maxReplicas"] + ([] if has_autoscaler else ["replicas"])
         changed = [name for name in names if name in goal and group.get(name) != goal[name]]
-        if changed:
-            where = f"/spec/workerGroupSpecs/{i}"
-            patch.append({"op": "test", "path": f"{where}/groupName", "value": group["groupName"]})
-            patch += [{"op": "add", "path": f"{where}/{name}", "value": goal[name]} for name in changed]
+        if not changed or (fewer > 0) != shrinks:
+            continue
+        where = f"/spec/workerGroupSpecs/{i}"
+        patch.append({"op": "test", "path": f"{where}/groupName", "value": group["groupName"]})
+        patch += [{"op": "add", "path": f"{where}/{name}", "value": goal[name]} for name in changed]
+        leaving = list(idle)[: fewer * int(group.get("numOfHosts") or 1)]
+        if fewer > 0 and leaving:
+            patch.append({"op": "add", "path": f"{where}/scaleStrategy", "value": {"workersToDelete": leaving}})
     return patch
 
 

@@ -14,9 +14,8 @@ import copy
 import dataclasses
 import datetime
 import fnmatch
-import itertools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp.web
@@ -25,23 +24,7 @@ import kmock
 import yaml
 
 from tests.k8s.api_json import CLUSTER_SCOPED, PLURALS, Object, chosen, laid, leaves, merge, remove, without_identity
-
-Exec = Callable[[str, str, list[str]], tuple[int, str]]
-"""(pod, container, command) -> (exit code, what it prints)."""
-
-VERSION = "v1.36.2"
-
-
-@dataclasses.dataclass(slots=True)
-class Fault:
-    """What happens to requests whose "METHOD path" fits a pattern of shell wildcards."""
-
-    pattern: str
-    status: int = 0
-    delay_s: float = 0.0
-    times: int = 1_000_000
-    headers: dict[str, str] = dataclasses.field(default_factory=dict)
-    message: str = ""
+from tests.k8s.api_state import State
 
 
 @dataclasses.dataclass(slots=True)
@@ -127,6 +110,7 @@ class ApiServer(kmock.KubernetesEmulator):
         return await super().__call__(raw_request)
 
     async def _handle(self, request: Any) -> aiohttp.web.StreamResponse:
+        self._requests[:] = [request]  # kmock filters all requests that it remembers, anew for each one
         call = _Call.of(request)
         if call is None or PLURALS[call.kind] in self.state.absent:
             return _status(404, "the server could not find the requested resource")
@@ -178,17 +162,17 @@ class ApiServer(kmock.KubernetesEmulator):
         return [
             copy.deepcopy(thing.raw)
             for (resource, place, _), thing in list(self.objects.items())
-            if f"{resource.group + '/' if resource.group else ''}{resource.version}/{resource.plural}" == wanted
-            and (namespace is None or place == namespace)
-            and not thing.deleted
+            if _text(resource) == wanted and (namespace is None or place == namespace) and not thing.deleted
         ]
 
     def _tell(self, event: str, thing: Object) -> None:
-        group = PLURALS[thing["kind"]]
+        plural = PLURALS[thing["kind"]]
+        told = {"type": event, "object": copy.deepcopy(thing)}
+        self.state.log.append((next(self.state.versions), plural, told))
         for resource, fan in list(self._buses.items()):
-            if f"{resource.group + '/' if resource.group else ''}{resource.version}/{resource.plural}" == group:
-                for queue in fan.queues:
-                    queue.put_nowait({"type": event, "object": copy.deepcopy(thing)})
+            if _text(resource) == plural:
+                for queue in fan.queues:  # type: ignore[attr-defined]
+                    queue.put_nowait(told)
         for controller in self.state.controllers:
             controller(self, event, copy.deepcopy(thing))
 
@@ -315,8 +299,13 @@ class ApiServer(kmock.KubernetesEmulator):
         fan: Any = self._buses[request.resource]
         fan.queues.add(queue)
         self.state.num_watches += 1
-        # What has changed since the list that the watch follows: everything, which a client must take twice.
-        first = [{"type": "ADDED", "object": thing} for thing in self.all(_kind(request), request.namespace)]
+        since = request.params.get("resourceVersion")
+        if since:
+            first = [
+                told for version, plural, told in self.state.log if plural == _plural(request) and version > int(since)
+            ]
+        else:
+            first = [{"type": "ADDED", "object": thing} for thing in self.all(_kind(request), request.namespace)]
         try:
             yield b""
             if self.state.num_expiries > 0:
@@ -325,11 +314,10 @@ class ApiServer(kmock.KubernetesEmulator):
                 yield {"type": "ERROR", "object": gone}
                 return
             for event in first:
-                if chosen(event["object"], request.params):
+                if _is_wanted(event, request):
                     yield event
             while (event := await queue.get()) is not None:
-                place = event["object"]["metadata"].get("namespace")
-                if request.namespace in (None, place) and chosen(event["object"], request.params):
+                if _is_wanted(event, request):
                     yield event
         finally:
             fan.queues.discard(queue)
@@ -370,31 +358,17 @@ class ApiServer(kmock.KubernetesEmulator):
         return socket
 
 
-class State:
-    """What a test sets and looks at."""
-
-    def __init__(self) -> None:
-        self.version = VERSION
-        self.calls: list[str] = []
-        self.faults: list[Fault] = []
-        self.denied: list[str] = []
-        self.absent: set[str] = set()  # plurals without a CRD
-        self.controllers: list[Callable[[ApiServer, str, Object], None]] = []
-        self.owners: dict[Any, dict[tuple[Any, ...], frozenset[tuple[str, str]]]] = {}
-        self.versions = itertools.count(1000)
-        self.num_expiries = 0
-        self.num_watches = 0
-        self.page_size = 0
-        self.has_any_namespace = True
-        self.evicted: list[str] = []
-        self.on_evict: Callable[[ApiServer, Object], None] | None = None
-        self.on_exec: Exec | None = None
-        self.pages: dict[str, Any] = {}
-
-
 def _plural(request: Any) -> str:
-    resource = request.resource
+    return _text(request.resource)
+
+
+def _text(resource: Any) -> str:
     return f"{resource.group + '/' if resource.group else ''}{resource.version}/{resource.plural}"
+
+
+def _is_wanted(event: Object, request: Any) -> bool:
+    place = event["object"]["metadata"].get("namespace")
+    return request.namespace in (None, place) and chosen(event["object"], request.params)
 
 
 def _kind(request: Any) -> str:

@@ -12,7 +12,8 @@ import kmock
 import yaml
 
 from tests.k8s.api_json import CLUSTER_SCOPED, Object
-from tests.k8s.api_server import ApiServer, Fault, State
+from tests.k8s.api_server import ApiServer
+from tests.k8s.api_state import Fault, State
 
 
 class Running:

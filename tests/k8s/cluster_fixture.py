@@ -15,7 +15,7 @@ import yaml
 
 from k8s import render
 from k8s.spec import ServingSpec
-from k8s.tool import commands
+from k8s.tool import main
 from k8s.tool.cluster import Cluster, connect
 from tests.k8s.api_thread import Running
 from tests.k8s.operators import Operators, make_node
@@ -35,7 +35,7 @@ class World:
         printed = io.StringIO()
         options = [] if arguments[0] == "render" else ["--kubeconfig", str(self.running.kubeconfig)]
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            code = commands.main([arguments[0], *options, *arguments[1:]])
+            code = main.main([arguments[0], *options, *arguments[1:]])
         return code, printed.getvalue()
 
     def run_json(self, *arguments: str) -> tuple[int, Any]:

@@ -100,7 +100,8 @@ class Operators:
         template["metadata"]["labels"]["app"] = name
         if self.makes_pods:
             for i in range(wanted):
-                pod = make_pod(f"{name}-{i}", namespace, template, is_ready=not self.holds_gateway)
+                is_ready = not self.holds_gateway
+                pod = make_pod(f"{name}-{i}", namespace, template, is_ready=is_ready, bad_image=self.bad_image)
                 server.store(pod)
         thing["status"] = {
             "observedGeneration": thing["metadata"]["generation"],

@@ -1,0 +1,184 @@
+"""The client: deadlines, repetitions, pages, watches that end or expire, and what a server refuses."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from k8s.tool import exits
+from k8s.tool.cluster import connect
+from k8s.tool.exits import ApiError, DeadlineError
+from k8s.tool.inside import page, run_in
+from k8s.tool.kinds import CONFIG_MAP, POD, RAY_SERVICE, SERVICE
+from k8s.tool.mirror import Mirror
+from tests.k8s.cluster_fixture import World, running, world
+
+__all__ = ["running", "world"]
+
+
+def config_map(name: str, **data: str) -> dict[str, object]:
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "namespace": "argosy"}, "data": data}
+
+
+def test_a_busy_server_is_asked_again_when_it_says(world: World) -> None:
+    world.running.fault("GET */services", status=429, times=1, headers={"Retry-After": "1"})
+    begun = time.monotonic()
+    assert world.cluster.list(SERVICE, "argosy").items == []
+    assert 1.0 <= time.monotonic() - begun < 3.0
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_reading_and_applying_outlive_a_short_outage(world: World, status: int) -> None:
+    world.running.fault("* */configmaps*", status=status, times=2)
+    assert world.cluster.list(CONFIG_MAP, "argosy").items == []
+    world.running.fault("PATCH */configmaps/*", status=status, times=1)
+    world.cluster.apply(config_map("a", x="1"))
+    assert world.cluster.get(CONFIG_MAP, "a", "argosy") is not None
+
+
+def test_a_change_that_may_have_happened_is_not_repeated(world: World) -> None:
+    fault = world.running.fault("POST */configmaps", status=503, times=1)
+    with pytest.raises(ApiError) as raised:
+        world.cluster.create(config_map("a"))
+    assert raised.value.status == 503
+    assert fault.times == 0
+
+
+def test_a_slow_server_ends_in_an_error_that_names_the_deadline(world: World) -> None:
+    world.running.fault("GET */services", delay_s=30)
+    world.cluster.timeout_s = 0.3
+    with pytest.raises(DeadlineError, match=r"list services in argosy: no answer from http://.* within 0\.3 s"):
+        world.cluster.list(SERVICE, "argosy")
+
+
+def test_a_server_that_stays_busy_ends_in_the_same_error(world: World) -> None:
+    world.running.fault("GET */services", status=429, headers={"Retry-After": "60"})
+    world.cluster.timeout_s = 0.5
+    begun = time.monotonic()
+    with pytest.raises(DeadlineError, match="429"):
+        world.cluster.list(SERVICE, "argosy")
+    assert time.monotonic() - begun < 2.0
+
+
+def test_a_server_that_is_not_there_is_named(world: World) -> None:
+    text = world.running.kubeconfig.read_text().replace(world.running.url, "http://127.0.0.1:9")
+    path = world.folder / "nowhere"
+    path.write_text(text)
+    cluster = connect(path, None, 0.5)
+    with pytest.raises(DeadlineError, match=r"127\.0\.0\.1:9"):
+        cluster.list(SERVICE, "argosy")
+    cluster.close()
+
+
+def test_no_kubeconfig_is_an_error_of_its_own(world: World) -> None:
+    code, text = world.run("plan", "dev-cpu", "--kubeconfig", str(world.folder / "absent"))
+    assert code == exits.ERROR
+    assert "no cluster to talk to" in text
+
+
+def test_long_lists_come_in_pages_and_begin_anew_when_a_page_expires(world: World) -> None:
+    for i in range(7):
+        world.running.put(config_map(f"c{i}"))
+    world.running.state.page_size = 3
+    assert len(world.cluster.list(CONFIG_MAP, "argosy").items) == 7
+    gone = world.running.fault("GET */configmaps", status=410, times=0)
+    gone_at = iter([False, True, False, False, False, False])
+    original = world.cluster._send
+
+    def send(*arguments: object) -> object:
+        gone.times = int(next(gone_at))
+        return original(*arguments)  # type: ignore[arg-type]
+
+    world.cluster._send = send  # type: ignore[method-assign]
+    assert [item["metadata"]["name"] for item in world.cluster.list(CONFIG_MAP, "argosy").items] == [
+        f"c{i}" for i in range(7)
+    ]
+
+
+def wait_until(what: object, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def names(mirror: Mirror) -> set[str]:
+    return {thing["metadata"]["name"] for thing in mirror.items(CONFIG_MAP)}
+
+
+def test_a_mirror_follows_objects_through_ended_and_expired_watches(world: World) -> None:
+    world.running.put(config_map("a"))
+    with Mirror(world.cluster, "argosy", (CONFIG_MAP,)) as mirror:
+        wait_until(lambda: names(mirror) == {"a"})
+        wait_until(lambda: world.running.state.num_watches == 1)
+        world.running.put(config_map("b"))
+        wait_until(lambda: names(mirror) == {"a", "b"})
+        # While no watch is open something disappears: nobody will ever send that event.
+        world.running.state.num_expiries = 2
+        lists = mirror.num_lists(CONFIG_MAP)
+        world.running.do(world.running.server.end_watches)
+        world.running.drop(config_map("a"))
+        wait_until(lambda: names(mirror) == {"b"})
+        wait_until(lambda: mirror.num_lists(CONFIG_MAP) >= lists + 3)
+        world.running.drop(config_map("b"))
+        wait_until(lambda: names(mirror) == set())
+        assert mirror.error(CONFIG_MAP) == ""
+
+
+def test_a_mirror_says_why_it_does_not_know(world: World) -> None:
+    world.running.fault("GET */configmaps", status=403, message="configmaps is forbidden")
+    with Mirror(world.cluster, "argosy", (CONFIG_MAP,)) as mirror:
+        wait_until(lambda: "forbidden" in mirror.error(CONFIG_MAP))
+
+
+def test_a_watch_ends_at_once_when_nobody_wants_it(world: World) -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=lambda: list(world.cluster.watch(CONFIG_MAP, "argosy", "", stop)))
+    thread.start()
+    wait_until(lambda: world.running.state.num_watches == 1)
+    stop.set()
+    thread.join(2.0)
+    assert not thread.is_alive()
+
+
+def test_what_is_not_there_is_none_and_what_is_forbidden_says_so(world: World) -> None:
+    assert world.cluster.get(RAY_SERVICE, "absent", "argosy") is None
+    assert world.cluster.delete(CONFIG_MAP, "absent", "argosy") is False
+    world.running.fault("GET */pods", status=403, message="pods is forbidden")
+    with pytest.raises(ApiError, match="ask for a Role") as raised:
+        world.cluster.list(POD, "argosy")
+    assert raised.value.is_forbidden
+
+
+def test_a_delete_takes_only_the_object_that_was_meant(world: World) -> None:
+    world.running.put(config_map("a"))
+    assert world.cluster.delete(CONFIG_MAP, "a", "argosy", uid="another") is False
+    assert world.running.find("ConfigMap", "a") is not None
+
+
+def test_rights_are_asked_for(world: World) -> None:
+    world.running.state.denied = ["patch nodes", "create pods/exec"]
+    assert world.cluster.may("list", POD, "argosy") is True
+    assert world.cluster.may("create", POD, "argosy", subresource="exec") is False
+
+
+def test_a_command_in_a_pod(world: World) -> None:
+    world.running.state.on_exec = lambda pod, container, command: (0, f"{pod} {container} {' '.join(command)}")
+    assert run_in(world.cluster, "p", "argosy", "c", ["a", "b"], 5.0) == "p c a b"
+    world.running.state.on_exec = lambda *_: (7, "it broke")
+    with pytest.raises(ApiError, match="exit code 7: it broke"):
+        run_in(world.cluster, "p", "argosy", "c", ["a"], 5.0)
+    world.running.state.on_exec = None
+    with pytest.raises(ApiError, match="needs create on pods/exec") as raised:
+        run_in(world.cluster, "p", "argosy", "c", ["a"], 5.0)
+    assert raised.value.is_forbidden
+
+
+def test_a_page_of_a_pod_comes_through_the_proxy_or_from_within(world: World) -> None:
+    world.running.state.pages["*/pods/p:8000/proxy/progressz"] = {"replicas": [1]}
+    assert page(world.cluster, "p", "argosy", "gateway", 8000, "/progressz") == {"replicas": [1]}
+    world.running.state.pages.clear()  # as a NetworkPolicy does
+    world.running.state.on_exec = lambda *_: (0, '{"replicas": [2]}')
+    assert page(world.cluster, "p", "argosy", "gateway", 8000, "/progressz") == {"replicas": [2]}
