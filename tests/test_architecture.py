@@ -61,7 +61,8 @@ WITHOUT_TORCH = (
 )
 """Modules that neither import torch nor anything of ours that does."""
 
-WITHOUT_RAY = ("serving.deployments.autoscaling",)  # policy: it runs in simulated time as well
+WITHOUT_RAY = tuple(f"serving.deployments.{name}" for name in ("autoscaling", "rates", "serve_policy"))
+"""The policy: it runs in simulated time as well."""
 
 TORCH_CUDA = ("models.platform", "serving.engine.graphs", "models.ops.triton")
 PICKLES = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")

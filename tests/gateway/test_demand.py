@@ -23,6 +23,7 @@ from serving.errors import NoCapacity
 from serving.gateway.dispatch import Dispatch
 from tests.gateway.plane import CARD, Client
 from tests.gateway.simulation import World, error_of
+from tests.gateway.world import MODEL, a_world
 
 SECRET = "5e" * 32
 
@@ -152,3 +153,17 @@ def test_waiting_is_counted_by_model() -> None:
     replica.beat()
     assert world.placement.waiting() == {CARD.model: (0, 0)}
     assert isinstance(world.submit(), Client)
+
+
+def test_a_model_that_sleeps_is_listed_and_its_request_held() -> None:
+    with a_world(can_wake=True, queue_timeout_s=0.5) as world:
+        world.plane.cards_now = []
+        assert [model["id"] for model in world.get("/v1/models").json()["data"]] == [MODEL]
+        assert world.get(f"/v1/models/{MODEL}").status_code == 200
+        assert world.get("/v1/models/other").status_code == 404
+        world.plane.demand._ready_at = time.monotonic() + 30.0
+        reply = world.complete()
+        assert reply.status_code == 503 and 25 <= int(reply.headers["retry-after"]) <= 31
+    with a_world() as world:
+        world.plane.cards_now = []
+        assert world.get("/v1/models").json()["data"] == []
