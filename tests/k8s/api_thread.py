@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import kmock
 import yaml
 
-from tests.k8s.api_json import CLUSTER_SCOPED, Object
+from tests.k8s.api_json import CLUSTER_SCOPED, PLURALS, Object
 from tests.k8s.api_server import ApiServer
 from tests.k8s.api_state import Fault, State
 
@@ -84,6 +85,23 @@ class Running:
 
     def all(self, kind: str) -> list[Object]:
         return self.do(lambda: self.server.all(kind))  # type: ignore[no-any-return]
+
+    def snapshot(self) -> list[Object]:
+        """All objects, for `restore`."""
+        return [thing for kind in PLURALS for thing in self.all(kind)]
+
+    def restore(self, things: list[Object]) -> None:
+        """Have these objects and no others, without telling anybody."""
+
+        def act() -> None:
+            self.server.objects.clear()
+            for thing in things:
+                metadata = thing["metadata"]
+                self.server.objects[PLURALS[thing["kind"]], metadata.get("namespace") or None, metadata["name"]] = (
+                    copy.deepcopy(thing)
+                )
+
+        self.do(act)
 
     def fault(self, pattern: str, **what: Any) -> Fault:
         fault = Fault(pattern, **what)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from typing import Any
 
+from k8s.objects import PRIORITIES
 from tests.k8s.api_json import Object
 from tests.k8s.api_server import ApiServer
 
@@ -32,7 +33,10 @@ class Operators:
             self._ray_service(server, thing)
         if thing["kind"] == "Deployment" and _is_new(thing):
             self._deployment(server, thing)
-        if thing["kind"] == "Job" and not (thing.get("status") or {}).get("conditions"):
+        if thing["kind"] == "Job":
+            thing = server.find("Job", thing["metadata"]["name"], thing["metadata"]["namespace"]) or thing
+            if (thing.get("status") or {}).get("conditions"):
+                return
             thing["status"] = {"conditions": [{"type": "Complete", "status": "True"}], "succeeded": 1}
             server.store(thing)
 
@@ -125,7 +129,8 @@ def make_pod(
     labels = dict(template["metadata"]["labels"])
     if cluster:
         labels["ray.io/cluster"] = cluster
-    spec = {**copy.deepcopy(template["spec"]), "nodeName": node}
+    kind = template["spec"].get("priorityClassName", "").rpartition("-")[2]  # as admission resolves it
+    spec = {**copy.deepcopy(template["spec"]), "nodeName": node, "priority": PRIORITIES.get(kind, 0)}
     containers = spec["containers"]
     pulls = [c for c in containers if bad_image and bad_image in c["image"]]
     statuses: list[dict[str, Any]] = []

@@ -253,13 +253,20 @@ def test_two_deployments_at_once(world: World) -> None:
 
 
 def test_what_the_spec_no_longer_has_is_deleted_and_only_ten_revisions_are_kept(world: World) -> None:
-    for i in range(12):
+    for i in range(3):
         spec = world.spec_file(gateway={"queue_timeout_s": 10 + i})
         assert world.deploy(spec)[0] == exits.DONE
+    revision = world.running.find("Secret", "argosy-revision-000003")
+    assert revision is not None
+    for number in range(4, 13):  # as nine more deployments leave them
+        labels = {**revision["metadata"]["labels"], "argosy/revision": str(number)}
+        metadata = {**revision["metadata"], "name": f"argosy-revision-{number:06d}", "labels": labels}
+        world.running.put({**revision, "metadata": metadata})
+    assert world.deploy(world.spec_file(gateway={"queue_timeout_s": 99}))[0] == exits.DONE
     maps = [thing["metadata"]["name"] for thing in world.running.all("ConfigMap")]
     assert len([name for name in maps if name.startswith("argosy-gateway-")]) == 1
     revisions = [s for s in world.running.all("Secret") if "argosy/revision" in s["metadata"].get("labels", {})]
-    assert sorted(int(s["metadata"]["labels"]["argosy/revision"]) for s in revisions) == list(range(3, 13))
+    assert sorted(int(s["metadata"]["labels"]["argosy/revision"]) for s in revisions) == list(range(4, 14))
 
 
 def test_a_deployment_waits_through_expired_watches(world: World) -> None:
