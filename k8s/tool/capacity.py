@@ -60,8 +60,8 @@ def read_rooms(cluster: Cluster, *, priority: int, is_ours: Callable[[Object], b
     not be read.
     """
     try:
-        nodes = cluster.list(NODE, is_cached=True).items
-        pods = cluster.list(POD, is_cached=True).items
+        nodes = cluster.select(NODE, is_cached=True).items
+        pods = cluster.select(POD, is_cached=True).items
     except ApiError as error:
         if error.is_forbidden:
             return Cause("needs list on nodes and on pods of all namespaces")
@@ -158,7 +158,7 @@ def tolerates(toleration: Object, taint: Object) -> bool:
         return False
     if toleration.get("operator", "Equal") == "Exists":
         return toleration.get("key") in (None, "", taint["key"])
-    return toleration.get("key") == taint["key"] and toleration.get("value", "") == taint.get("value", "")
+    return bool(toleration.get("key") == taint["key"] and toleration.get("value", "") == taint.get("value", ""))
 
 
 def _matches_term(term: Object, labels: dict[str, str]) -> bool:

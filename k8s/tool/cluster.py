@@ -54,7 +54,7 @@ def connect(kubeconfig: Path | None, context: str | None, timeout_s: float) -> C
         raise ToolError("the kubernetes client is missing: pip install 'argosy[k8s]'") from None
     settings = client.Configuration()
     try:
-        config.load_kube_config(
+        config.load_kube_config(  # type: ignore[no-untyped-call]
             config_file=str(kubeconfig) if kubeconfig else None, context=context, client_configuration=settings
         )
     except (ConfigException, OSError, ValueError) as error:
@@ -97,7 +97,7 @@ class Cluster:
                 return None
             raise
 
-    def list(
+    def select(
         self, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = "", is_cached: bool = False
     ) -> Listing:
         """Of one namespace, or of all. labels, fields: selectors. is_cached: the server may answer from its cache,

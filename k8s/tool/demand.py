@@ -56,7 +56,7 @@ def read_demand(
     after = spec.engine.min_replicas * hosts * gpus
     selector = f"app.kubernetes.io/instance={spec.name},app.kubernetes.io/component={WORKER}"
     try:
-        pods = cluster.list(POD, spec.namespace, labels=selector).items
+        pods = cluster.select(POD, spec.namespace, labels=selector).items
     except ApiError as error:
         if not error.is_forbidden:
             raise
@@ -114,7 +114,7 @@ def _beyond_quota(quotas: Sequence[Object], template: Object, num_pods: int, res
 def live_quotas(cluster: Cluster, namespace: str, wanted: Sequence[Object]) -> list[Object]:
     """What quotas of a namespace will say once `wanted` is applied; those that may not be read count as absent."""
     try:
-        live = {quota["metadata"]["name"]: quota for quota in cluster.list(QUOTA, namespace).items}
+        live = {quota["metadata"]["name"]: quota for quota in cluster.select(QUOTA, namespace).items}
     except ApiError as error:
         if not error.is_forbidden:
             raise

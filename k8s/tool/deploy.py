@@ -290,7 +290,7 @@ class Deployment:
         texts = ""
         try:
             for kind in (RAY_CLUSTER, POD):
-                texts += repr([thing["spec"] for thing in self._cluster.list(kind, self._spec.namespace).items])
+                texts += repr([thing["spec"] for thing in self._cluster.select(kind, self._spec.namespace).items])
         except ApiError as error:
             self._progress.tell("warning", f"what is left over stays: {error}")
             return

@@ -125,7 +125,7 @@ def read_fleet(cluster: Cluster, name: str, namespace: str, *, kinds: Sequence[K
     fleet = Fleet(name, namespace, {}, {})
     for kind in kinds:
         try:
-            fleet.items[kind] = cluster.list(kind, namespace).items
+            fleet.items[kind] = cluster.select(kind, namespace).items
         except ApiError as error:
             if not (error.is_forbidden or error.is_missing):
                 raise
@@ -139,7 +139,7 @@ def read_fleet(cluster: Cluster, name: str, namespace: str, *, kinds: Sequence[K
 def read_optional(cluster: Cluster, kind: Kind, namespace: str = "") -> list[Object] | None:
     """None where the kind may not be read, or is not known to the cluster."""
     try:
-        return cluster.list(kind, namespace).items
+        return cluster.select(kind, namespace).items
     except ApiError as error:
         if error.is_forbidden or error.is_missing:
             return None

@@ -121,4 +121,4 @@ def _belongs(pod: Object, goal: Goal, instance: str) -> bool:
         return str(component).startswith("engine-")
     if goal.kind is JOB:
         return bool(labels.get("job-name", labels.get("batch.kubernetes.io/job-name")) == goal.name)
-    return component == "gateway"
+    return bool(component == "gateway")

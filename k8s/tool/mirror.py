@@ -79,7 +79,7 @@ class Mirror:
         pause_s = FIRST_PAUSE_S
         while not self._stop.is_set():
             try:
-                listing = self._cluster.list(kind, self._namespace, labels=self._labels)
+                listing = self._cluster.select(kind, self._namespace, labels=self._labels)
                 self._set(kind, {_key(thing): thing for thing in listing.items})
                 for event, thing in self._cluster.watch(
                     kind, self._namespace, listing.version, self._stop, labels=self._labels

@@ -132,10 +132,10 @@ class _Live:
                 if kind.is_namespaced and kinds.count(kind) > 1:
                     if kind not in listed:
                         listed.add(kind)
-                        for item in cluster.list(kind, namespace).items:
+                        for item in cluster.select(kind, namespace).items:
                             self._found[kind.name, item["metadata"]["name"]] = item
-                elif (item := cluster.get(kind, name, thing["metadata"].get("namespace", ""))) is not None:
-                    self._found[kind.name, name] = item
+                elif (found := cluster.get(kind, name, thing["metadata"].get("namespace", ""))) is not None:
+                    self._found[kind.name, name] = found
                 if kind is NAMESPACE:
                     self.has_namespace = (kind.name, name) in self._found
             except ApiError as error:

@@ -42,7 +42,7 @@ class Options:
 def preflight(cluster: Cluster, spec: ServingSpec, options: Options, progress: Progress) -> int:
     """An exit code: DONE when every node passed. Raises ToolError when nodes may not be read."""
     try:
-        nodes = cluster.list(NODE, labels=f"{spec.cluster.gpu_node_label}=true").items
+        nodes = cluster.select(NODE, labels=f"{spec.cluster.gpu_node_label}=true").items
     except ApiError as error:
         if error.is_forbidden:
             raise ToolError(f"preflight: needs list on nodes: {error.message}") from None
@@ -130,7 +130,7 @@ def _chosen(nodes: Sequence[Object], options: Options) -> list[Object]:
 
 def _gpus_in_use(cluster: Cluster, node: str, resource: str) -> float:
     try:
-        pods = cluster.list(POD, fields=f"spec.nodeName={node}").items
+        pods = cluster.select(POD, fields=f"spec.nodeName={node}").items
     except ApiError as error:
         if error.is_forbidden:
             return 0.0  # then the Job waits for them
@@ -178,7 +178,7 @@ def _await(cluster: Cluster, spec: ServingSpec, jobs: dict[str, str], options: O
 
 def _why(cluster: Cluster, spec: ServingSpec, name: str, job: Object) -> str:
     """What the test said last, which the kubelet keeps as the container's message."""
-    pods = cluster.list(POD, spec.namespace, labels=f"job-name={name}").items
+    pods = cluster.select(POD, spec.namespace, labels=f"job-name={name}").items
     for pod in pods:
         for status in (pod.get("status") or {}).get("containerStatuses") or []:
             if message := ((status.get("state") or {}).get("terminated") or {}).get("message"):

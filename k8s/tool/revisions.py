@@ -76,7 +76,7 @@ def manifest_hash(things: Sequence[Object]) -> str:
 
 def read_revisions(cluster: Cluster, name: str, namespace: str) -> list[Revision]:
     """Of one deployment, the newest first. Raises ApiError."""
-    listing = cluster.list(SECRET, namespace, labels=f"app.kubernetes.io/instance={name},{LABEL}")
+    listing = cluster.select(SECRET, namespace, labels=f"app.kubernetes.io/instance={name},{LABEL}")
     return sorted((_revision(thing) for thing in listing.items), key=lambda revision: -revision.number)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any, Final
 
 from rich import box
@@ -23,7 +24,7 @@ def say(console: Console, text: str, style: str = "") -> None:
     console.print(text, style=style or None, highlight=False, markup=False, soft_wrap=True)
 
 
-def table(title: str, names: tuple[str, ...], rows: list[tuple[str, ...]], *, num_right: int = 0) -> Table:
+def table(title: str, names: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, num_right: int = 0) -> Table:
     """The last `num_right` columns hold numbers; the first one is never wrapped."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
     for i, name in enumerate(names):

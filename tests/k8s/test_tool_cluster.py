@@ -25,14 +25,14 @@ def config_map(name: str, **data: str) -> dict[str, object]:
 def test_a_busy_server_is_asked_again_when_it_says(world: World) -> None:
     world.running.fault("GET */services", status=429, times=1, headers={"Retry-After": "1"})
     begun = time.monotonic()
-    assert world.cluster.list(SERVICE, "argosy").items == []
+    assert world.cluster.select(SERVICE, "argosy").items == []
     assert 1.0 <= time.monotonic() - begun < 3.0
 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_reading_and_applying_outlive_a_short_outage(world: World, status: int) -> None:
     world.running.fault("* */configmaps*", status=status, times=2)
-    assert world.cluster.list(CONFIG_MAP, "argosy").items == []
+    assert world.cluster.select(CONFIG_MAP, "argosy").items == []
     world.running.fault("PATCH */configmaps/*", status=status, times=1)
     world.cluster.apply(config_map("a", x="1"))
     assert world.cluster.get(CONFIG_MAP, "a", "argosy") is not None
@@ -50,7 +50,7 @@ def test_a_slow_server_ends_in_an_error_that_names_the_deadline(world: World) ->
     world.running.fault("GET */services", delay_s=30)
     world.cluster.timeout_s = 0.3
     with pytest.raises(DeadlineError, match=r"list services in argosy: no answer from http://.* within 0\.3 s"):
-        world.cluster.list(SERVICE, "argosy")
+        world.cluster.select(SERVICE, "argosy")
 
 
 def test_a_server_that_stays_busy_ends_in_the_same_error(world: World) -> None:
@@ -58,7 +58,7 @@ def test_a_server_that_stays_busy_ends_in_the_same_error(world: World) -> None:
     world.cluster.timeout_s = 0.5
     begun = time.monotonic()
     with pytest.raises(DeadlineError, match="429"):
-        world.cluster.list(SERVICE, "argosy")
+        world.cluster.select(SERVICE, "argosy")
     assert time.monotonic() - begun < 2.0
 
 
@@ -68,7 +68,7 @@ def test_a_server_that_is_not_there_is_named(world: World) -> None:
     path.write_text(text)
     cluster = connect(path, None, 0.5)
     with pytest.raises(DeadlineError, match=r"127\.0\.0\.1:9"):
-        cluster.list(SERVICE, "argosy")
+        cluster.select(SERVICE, "argosy")
     cluster.close()
 
 
@@ -82,7 +82,7 @@ def test_long_lists_come_in_pages_and_begin_anew_when_a_page_expires(world: Worl
     for i in range(7):
         world.running.put(config_map(f"c{i}"))
     world.running.state.page_size = 3
-    assert len(world.cluster.list(CONFIG_MAP, "argosy").items) == 7
+    assert len(world.cluster.select(CONFIG_MAP, "argosy").items) == 7
     gone = world.running.fault("GET */configmaps", status=410, times=0)
     gone_at = iter([False, True, False, False, False, False])
     original = world.cluster._send
@@ -92,7 +92,7 @@ def test_long_lists_come_in_pages_and_begin_anew_when_a_page_expires(world: Worl
         return original(*arguments)  # type: ignore[arg-type]
 
     world.cluster._send = send  # type: ignore[method-assign]
-    assert [item["metadata"]["name"] for item in world.cluster.list(CONFIG_MAP, "argosy").items] == [
+    assert [item["metadata"]["name"] for item in world.cluster.select(CONFIG_MAP, "argosy").items] == [
         f"c{i}" for i in range(7)
     ]
 
@@ -148,7 +148,7 @@ def test_what_is_not_there_is_none_and_what_is_forbidden_says_so(world: World) -
     assert world.cluster.delete(CONFIG_MAP, "absent", "argosy") is False
     world.running.fault("GET */pods", status=403, message="pods is forbidden")
     with pytest.raises(ApiError, match="ask for a Role") as raised:
-        world.cluster.list(POD, "argosy")
+        world.cluster.select(POD, "argosy")
     assert raised.value.is_forbidden
 
 

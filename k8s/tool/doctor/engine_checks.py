@@ -25,9 +25,8 @@ def ray_service(facts: Facts) -> Iterator[str]:
     if service is None:
         yield f"there is no RayService {facts.spec.name} in {facts.spec.namespace}"
     elif reasons.condition(service, "Ready") != "True":
-        yield from (
-            str(reason) for reason in reasons.of_ray_service(service) or [f"RayService {facts.spec.name}: not Ready"]
-        )
+        said = [str(reason) for reason in reasons.of_ray_service(service)]
+        yield from said or [f"RayService {facts.spec.name} does not say that it is ready"]
 
 
 @TABLE.check(

@@ -118,7 +118,7 @@ def _list(
     cluster: Cluster, kind: Kind, namespace: str, labels: str, name: str, unknown: dict[str, str]
 ) -> list[Object]:
     try:
-        return cluster.list(kind, namespace, labels=labels, is_cached=kind is NODE).items
+        return cluster.select(kind, namespace, labels=labels, is_cached=kind is NODE).items
     except ApiError as error:
         if not (error.is_forbidden or error.is_missing):
             raise
