@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
@@ -182,3 +183,11 @@ def test_a_page_of_a_pod_comes_through_the_proxy_or_from_within(world: World) ->
     world.running.state.pages.clear()  # as a NetworkPolicy does
     world.running.state.on_exec = lambda *_: (0, '{"replicas": [2]}')
     assert page(world.cluster, "p", "argosy", "gateway", 8000, "/progressz") == {"replicas": [2]}
+
+
+def test_without_the_client_the_tool_says_what_to_install(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    code, text = world.run("status")
+    assert code == exits.ERROR
+    assert "pip install 'argosy[k8s]'" in text
+    assert world.run("render", "dev-cpu")[0] == exits.DONE
