@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from k8s import render as rendering
 from k8s.tool import exits, plan_report, tables
@@ -55,7 +54,7 @@ def is_json(output: str) -> bool:
 
 
 def progress_for(output: str) -> Progress:
-    return JsonProgress() if is_json(output) else TextProgress(Console())
+    return JsonProgress() if is_json(output) else TextProgress(tables.make_console())
 
 
 @app.command()
@@ -106,7 +105,7 @@ def plan(
     if wants_json:
         tables.print_json(plan_report.as_json(made))
     else:
-        plan_report.print_plan(made, Console())
+        plan_report.print_plan(made, tables.make_console())
     return made.exit_code
 
 

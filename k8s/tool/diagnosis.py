@@ -38,7 +38,7 @@ def doctor(
 
     Exit code 0: nothing found; 2: warnings; 3: errors; 1: an error of the tool. What may not be read is `not known`.
     """
-    wants_json, found, console = is_json(output), find_spec(spec), Console()
+    wants_json, found, console = is_json(output), find_spec(spec), tables.make_console()
     checks = _chosen(only or [])
     if listing:
         rows = [(check.name, check.severity, check.fix) for check in checks]

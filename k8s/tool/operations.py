@@ -43,7 +43,7 @@ def status(
     from k8s.tool.fleet import read_fleet
     from k8s.tool.status import CODES, as_json, health, print_status
 
-    wants_json, console = is_json(output), Console()
+    wants_json, console = is_json(output), tables.make_console()
     with opened(kubeconfig, context, timeout) as cluster:
         while True:
             fleet = read_fleet(cluster, name, namespace)
@@ -82,7 +82,7 @@ def capacity(
     if wants_json:
         tables.print_json(as_json(fitting))
     else:
-        print_fitting(fitting, Console())
+        print_fitting(fitting, tables.make_console())
     return fitting.exit_code
 
 
@@ -153,7 +153,7 @@ def rollback(
     from k8s.tool import rollback as returning
     from k8s.tool.deploy import Options
 
-    progress, console = progress_for(output), Console()
+    progress, console = progress_for(output), tables.make_console()
     options = Options(
         timeout_s=timeout_all,
         settle_s=settle,

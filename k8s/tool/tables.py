@@ -15,7 +15,14 @@ VERSION: Final = 1
 """Of every JSON document: fields are only added while it stays."""
 
 
-_PROSE: Final = ("fix", "note")
+PIPE_WIDTH: Final = 200
+"""Columns where no terminal says how many there are."""
+
+
+def make_console() -> Console:
+    """Of the standard output; a pipe gets wide tables, in which nothing is broken."""
+    found = Console()
+    return found if found.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -28,11 +35,11 @@ def say(console: Console, text: str, style: str = "") -> None:
 
 
 def table(title: str, names: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, num_right: int = 0) -> Table:
-    """The last `num_right` columns hold numbers; only prose is wrapped."""
+    """The last `num_right` columns hold numbers; the first one is never wrapped."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
     for i, name in enumerate(names):
         is_number = i >= len(names) - num_right
-        made.add_column(name, justify="right" if is_number else "left", no_wrap=name not in _PROSE, overflow="fold")
+        made.add_column(name, justify="right" if is_number else "left", no_wrap=i == 0 or is_number, overflow="fold")
     for row in rows:
         made.add_row(*(cell.replace("[", r"\[") for cell in row))
     return made
