@@ -123,7 +123,7 @@ class Fleet:
         return link.state == "ready" and link.pulse.age_s(now) <= MAX_SILENCE_S
 
     def why_waiting(self, fingerprint: str) -> str:
-        """What keeps a choice in the queue, in a word of `life.QUEUE_CAUSES`."""
+        """What keeps a choice in the queue, in a word of `choice_life.QUEUE_CAUSES`."""
         links = self.links(fingerprint)
         if not links:
             return "no_replica"
