@@ -6,6 +6,7 @@ from k8s.amounts import cpus, quantity
 from k8s.objects import (
     GATEWAY,
     GATEWAY_PORT,
+    OPERATOR_PATH,
     PULL_POLICY,
     SECRET_FILE,
     SECRET_PATH,
@@ -18,6 +19,7 @@ from k8s.objects import (
     labels,
     metadata,
     name_of,
+    operator_secret,
     pod,
     scratch_volume,
     selector,
@@ -77,6 +79,7 @@ def _container(sizing: Sizing) -> Object:
         "volumeMounts": [
             {"mountPath": SETTINGS_PATH, "name": "settings", "readOnly": True},
             {"mountPath": SECRET_PATH, "name": "engine-secret", "readOnly": True},
+            {"mountPath": OPERATOR_PATH, "name": "operator-token", "readOnly": True},
             {"mountPath": "/tmp", "name": "tmp"},
         ],
     }
@@ -99,6 +102,10 @@ def _deployment(sizing: Sizing) -> Object:
         volumes=[
             {"configMap": {"name": gateway_config_map(sizing)["metadata"]["name"]}, "name": "settings"},
             {"name": "engine-secret", "secret": {"defaultMode": 0o440, "secretName": engine_secret(spec)}},
+            {
+                "name": "operator-token",
+                "secret": {"defaultMode": 0o440, "optional": True, "secretName": operator_secret(spec)},
+            },
             scratch_volume("tmp", "256Mi"),
         ],
     )

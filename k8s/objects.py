@@ -28,6 +28,8 @@ SETTINGS_PATH: Final = "/etc/argosy/settings"
 SECRET_PATH: Final = "/etc/argosy/engine"
 SECRET_FILE: Final = f"{SECRET_PATH}/secret"
 HUB_TOKEN_PATH: Final = "/etc/argosy/hub"
+OPERATOR_PATH: Final = "/etc/argosy/operator"
+OPERATOR_TOKEN_FILE: Final = f"{OPERATOR_PATH}/token"
 MODELS_PATH: Final = "/models"
 
 GATEWAY: Final = "gateway"
@@ -87,11 +89,18 @@ def hub_secret(spec: ServingSpec) -> str:
     return name_of(spec, "hub")
 
 
+def operator_secret(spec: ServingSpec) -> str:
+    """The Secret with the operators' token; optional: without it /console and /v1/requests answer through a
+    port-forward alone, which comes from the pod's own loopback."""
+    return name_of(spec, "operator")
+
+
 def external_secrets(spec: ServingSpec) -> dict[str, tuple[tuple[str, ...], bool]]:
     """Secrets that the manifests use and do not hold: name -> (keys, whether pods start without it)."""
     found: dict[str, tuple[tuple[str, ...], bool]] = {
         engine_secret(spec): (("secret",), False),
         hub_secret(spec): (("token",), True),
+        operator_secret(spec): (("token",), True),
     }
     if spec.images.pull_secret:
         found[spec.images.pull_secret] = ((".dockerconfigjson",), False)

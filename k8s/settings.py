@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from k8s.objects import GATEWAY, GATEWAY_PORT, MODELS_PATH, Object, metadata, name_of
+from k8s.objects import GATEWAY, GATEWAY_PORT, MODELS_PATH, OPERATOR_TOKEN_FILE, Object, metadata, name_of
 from k8s.sizing import Sizing
 from k8s.yaml_text import content_hash, dump
 
@@ -18,6 +18,7 @@ def gateway_settings(sizing: Sizing) -> dict[str, object]:
         "log_format": "json",
         "max_queue_len": sizing.max_queue_len,
         "model": spec.model.source,
+        "operator_token_file": OPERATOR_TOKEN_FILE,
         "port": GATEWAY_PORT,
         "queue_timeout_s": spec.gateway.queue_timeout_s,
         "request_timeout_s": sizing.request_timeout_s,

@@ -134,7 +134,7 @@ def gateway(
     try:
         settings = settings_of.load(flags, config=config)
         if settings.gateway.operator_token_file:
-            SecretFile(settings.gateway.operator_token_file).check("operator_token_file")
+            SecretFile(settings.gateway.operator_token_file).check("operator_token_file", may_come=True)
         found.check_tracing(settings)
         if not directory_url.startswith(("http://", "https://")):
             raise SettingsError(f"--directory-url: {directory_url!r} does not begin with http:// or https://")

@@ -45,8 +45,13 @@ class SecretFile:
         self._version: tuple[int, int] | None = None  # modified, inode
         self._secret = b""
 
-    def check(self, setting: str) -> None:
-        """Raises SettingsError, naming the setting, for a secret that nobody could show or anybody guess."""
+    def check(self, setting: str, *, may_come: bool = False) -> None:
+        """Raises SettingsError, naming the setting, for a secret that nobody could show or anybody guess.
+
+        may_come: a file that is not there yet is no mistake: a Secret of Kubernetes may be made later.
+        """
+        if may_come and not self._path.exists():
+            return
         try:
             size = len(self._path.read_bytes().strip())
         except OSError as error:

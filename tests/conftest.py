@@ -14,9 +14,22 @@ from typing import Any
 
 import pytest
 
+from serving import config
+from serving.deployments.cluster import ray_environment
+
 # Triton reads it when it is first imported, which transformers does; its kernels run as numpy code where no GPU is.
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Ray reads its settings when it is first imported, which a test may do long before the cluster starts: without a token
+# by then, nothing of the cluster would answer this process.
+FOLDER = Path(tempfile.mkdtemp(prefix="argosy-", dir="/tmp"))  # short: it holds Unix sockets
+SESSION = FOLDER / "ray"
+config.set_environment(ray_environment(SESSION, SESSION / "token"))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +53,14 @@ def ray_cluster() -> Iterator[RayCluster]:
     from serving.deployments.cluster import start_cluster
     from serving.supervisor import free_port
 
-    folder = Path(tempfile.mkdtemp(prefix="argosy-", dir="/tmp"))  # short: it holds Unix sockets
-    secret_file = folder / "secret"
+    secret_file = FOLDER / "secret"
     secret_file.write_bytes(secrets.token_bytes(32))
     port = free_port()
     with warnings.catch_warnings(action="ignore"):  # Ray's own deprecations, at import
-        start_cluster(folder / "ray", cores=4, directory_port=port)
+        start_cluster(SESSION, cores=4, directory_port=port)
     try:
-        yield RayCluster(folder, f"http://127.0.0.1:{port}/directory", secret_file)
+        yield RayCluster(FOLDER, f"http://127.0.0.1:{port}/directory", secret_file)
     finally:
         import ray
 
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
