@@ -4,6 +4,8 @@ Beside them the shared memory between ranks.
 Optional: without a compiler the package installs and serves with the tiled torch kernels (C4) and gloo.
 """
 
+import copy
+import os
 import pathlib
 import platform
 
@@ -23,16 +25,18 @@ FLAGS += ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized
 
 
 class BuildVariants(build_ext):
-    """Objects of one source under different flags must not share a path."""
+    """As many at a time as there are cores. Objects of one source under different flags must not share a path."""
+
+    def finalize_options(self) -> None:
+        """See the base class."""
+        super().finalize_options()
+        self.parallel = self.parallel or len(os.sched_getaffinity(0))
 
     def build_extension(self, ext: Extension) -> None:
         """Compile `ext` in a folder of its own."""
-        parent = self.build_temp
-        self.build_temp = str(pathlib.Path(parent) / ext.name)
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = parent
+        apart = copy.copy(self)  # several threads do this
+        apart.build_temp = str(pathlib.Path(self.build_temp) / ext.name)
+        super(BuildVariants, apart).build_extension(ext)
 
 
 setup(
