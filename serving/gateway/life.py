@@ -46,7 +46,9 @@ class Life:
         """The reply is over, or will never begin. Idempotent."""
         if self.ended is not None:
             return
-        self.ended, self.error, self.has_left = now, error, has_left
+        # A copy: the exception itself would keep its frames alive, and with them the request's text.
+        self.error = None if error is None else type(error)(error.message, code=error.error_code, reason=error.reason)
+        self.ended, self.has_left = now, has_left
         self.is_refused = error is not None and all(choice.state == "preparing" for choice in self.choices)
         for choice in self.choices:
             choice.end(now, "cancelled", {})

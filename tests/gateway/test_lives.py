@@ -88,3 +88,21 @@ def test_every_sink_hears_of_every_end_once(caplog: pytest.LogCaptureFixture) ->
     life.end(2.0, NoCapacity("late"), has_left=False)
     assert heard == [life] and life.state == "cancelled" and life.ended == 1.0
     assert "a broken sink" in caplog.text
+
+
+def test_what_is_kept_of_a_failure_keeps_no_text_alive() -> None:
+    """An exception holds the frames that it came through, and those the text of the request."""
+    life = begin(Lives())
+
+    def refuse(prompt: str) -> None:
+        raise NoCapacity(f"{len(prompt)} characters are too many.", reason="saturated")
+
+    try:
+        refuse("a canary")
+    except NoCapacity as error:
+        assert error.__traceback__ is not None
+        life.end(1.0, error, has_left=False)
+    assert life.error is not None and life.error.__traceback__ is None and life.error.__context__ is None
+    assert (life.error.message, life.error.error_code, life.error.reason, life.error.status) == (
+        "8 characters are too many.", "no_capacity", "saturated", 503,
+    )  # fmt: skip
