@@ -23,7 +23,8 @@ if not Path("/dev/nvidia0").exists():
 
 # Ray reads its settings when it is first imported, which a test may do long before the cluster starts: without a token
 # by then, nothing of the cluster would answer this process.
-FOLDER = Path(tempfile.mkdtemp(prefix="argosy-", dir="/tmp"))  # short: it holds Unix sockets
+# The name is short, for the folder holds Unix sockets, and none that `argosy serve` takes for a dead run's and clears.
+FOLDER = Path(tempfile.mkdtemp(prefix="argo-", dir="/tmp"))
 SESSION = FOLDER / "ray"
 config.set_environment(ray_environment(SESSION, SESSION / "token"))
 
