@@ -82,7 +82,7 @@ class ChoiceLife:
         self.num_events_left_out = 0
         self.num_tokens = 0  # that came
         self.num_rendered: int | None = None  # of those, the reply's own: none beyond a stop string; None = not over
-        self.cached_tokens = 0  # of its prompt, when it was first admitted
+        self.cached_tokens: int | None = None  # of its prompt, when it was first admitted (C21)
         self.num_gaps = 0
         self.num_preemptions = 0
         self.num_resumes = 0
@@ -120,7 +120,7 @@ class ChoiceLife:
         """The replica's scheduler has given it a row."""
         now = max(now, self._sent_at or now)
         self._sent_at = None
-        if self.first_token_at is None:
+        if self.cached_tokens is None:
             self.cached_tokens = num_cached
         self._add(Event("admitted", now, now, {"cached_tokens": num_cached}))
 

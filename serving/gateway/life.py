@@ -72,7 +72,7 @@ class Life:
     @property
     def cached_tokens(self) -> int:
         """Of the prompts, each told by the first of its choices, as in usage."""
-        return sum(choice.cached_tokens for choice in self.choices[:: max(self.n, 1)])
+        return sum(choice.cached_tokens or 0 for choice in self.choices[:: max(self.n, 1)])
 
     @property
     def num_events(self) -> int:

@@ -226,3 +226,14 @@ def test_the_longest_gap_of_a_seen_step_survives_in_the_summary() -> None:
     assert (
         found["longest_gap_cause"] == "prefill" and found["longest_gap_s"] == found["summary"]["longest_gap_s"] == 0.86
     )
+
+
+def test_cached_tokens_are_those_of_the_first_admission_as_in_usage() -> None:
+    life = a_life()
+    (choice,) = life.choices = [ChoiceLife()]
+    choice.sent(10.1, "replica-0", 0)
+    choice.admitted(10.11, 0)
+    choice.lost(10.2, "replica-0", "lost")  # before its first token
+    choice.sent(10.3, "replica-1", 0)
+    choice.admitted(10.31, 48)
+    assert life.cached_tokens == account(life, 10.4)["cached_tokens"] == 0
