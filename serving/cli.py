@@ -274,7 +274,17 @@ def loadtest(context: typer.Context) -> None:
     """Put load on a server and measure what its clients see; --help lists the flags."""
     import importlib
 
-    raise typer.Exit(importlib.import_module("loadtest.command").main(list(context.args)))
+    try:
+        command = importlib.import_module("loadtest.command")
+    except ModuleNotFoundError as missing:
+        package = str(missing.name).partition(".")[0]
+        if package == "loadtest":
+            raise
+        _refuse(
+            f"{package} is not installed, which the load generator needs: pip install 'argosy[loadtest]', "
+            "or in a checkout .venv/bin/python -m pip install -e '.[loadtest]'"
+        )
+    raise typer.Exit(command.main(list(context.args)))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

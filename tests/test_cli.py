@@ -120,3 +120,18 @@ def test_a_signal_while_starting_stops_cleanly(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 5.0
     assert process.returncode == 0, errors
     eventually(lambda: not [pid for pid in pids if Path(f"/proc/{pid}").exists()], 3.0)
+
+
+def test_a_load_generator_without_its_extra_says_what_to_install() -> None:
+    """After `make serve` alone there is no locust: this was a traceback."""
+    code = "import sys; sys.modules['gevent'] = None; sys.argv = ['argosy', 'loadtest', '--rate', '5']"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; from serving.cli import main; main()"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: gevent is not installed") and "argosy[loadtest]" in done.stderr
+    assert "Traceback" not in done.stderr
