@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,15 @@ def _add_options(parser: Any) -> None:
     parser.add_argument("--argosy-progress", metavar="FD", type=int, help="for progress", include_in_web_ui=False)
 
 
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 @events.init.add_listener  # type: ignore[untyped-decorator]
 def _on_init(environment: Any, runner: Any, **_: Any) -> None:
+    # Python raises Ctrl-C wherever it happens to be; in a finaliser or a callback of the collector it is printed and
+    # forgotten, and the run goes on. From gevent's loop it always reaches locust's main greenlet.
+    gevent.signal_handler(signal.SIGINT, _interrupt)
     if not isinstance(runner, WorkerRunner):
         options = environment.parsed_options
         plan = plans.decode(Path(options.argosy_plan).read_bytes())
