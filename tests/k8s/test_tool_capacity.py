@@ -26,6 +26,8 @@ GPU_TAINT = [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]
         ("500m", 0.5),
         ("2", 2.0),
         ("1Gi", 2.0**30),
+        ("536870912Ki", 2.0**39),  # as kubelets tell a node's memory
+        ("2K", None),
         ("1e3", 1e3),
         ("1.5G", 1.5e9),
         ("100u", 1e-4),
