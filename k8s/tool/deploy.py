@@ -17,7 +17,7 @@ from k8s.tool import exits, upgrade
 from k8s.tool.cluster import Cluster
 from k8s.tool.exits import ApiError, Refused, ToolError
 from k8s.tool.fleet import read_fleet
-from k8s.tool.goals import WATCHED, Goal, goals_of, why_not
+from k8s.tool.goals import WATCHED, Goal, Standing, goals_of, why_not
 from k8s.tool.kinds import POD, RAY_CLUSTER, RAY_SERVICE, SECRET, kind_of, title
 from k8s.tool.mirror import Mirror
 from k8s.tool.plan import DELETE, KEPT_KINDS, Plan, make_plan
@@ -89,10 +89,12 @@ class Deployment:
         self._options = options
         self._progress = progress
         self._deadline = time.monotonic() + (options.timeout_s or default_timeout_s(spec))
+        self._deleted = ""  # the Ray cluster that had to go
 
     def run(self, things: Sequence[Object], plan: Plan, revisions: Sequence[Revision]) -> int:
         """An exit code."""
         spec, progress = self._spec, self._progress
+        recreates = self._options.recreates and plan.upgrade.is_left_behind
         if not plan.has_changes and revisions and revisions[0].status == GOOD:
             progress.tell("done", f"nothing to change: revision {revisions[0].number} runs", number=revisions[0].number)
             return exits.DONE
@@ -103,7 +105,6 @@ class Deployment:
         progress.tell("revision", f"revision {revision.number}", number=revision.number)
         try:
             self._make_secret()
-            recreates = self._options.recreates and plan.upgrade.kind == upgrade.NOT_ROLLED_OUT
             self._waves(things, recreates=recreates)
         except (ToolError, KeyboardInterrupt) as error:
             text = str(error) or "interrupted"
@@ -132,7 +133,8 @@ class Deployment:
         self._progress.tell("rollback", f"back to revision {good.number}", number=good.number)
         self._deadline = time.monotonic() + (self._options.timeout_s or default_timeout_s(self._spec))
         try:
-            self._waves(good.manifest, recreates=False)
+            # A cluster that took the place of a deleted one stays, unless it goes the same way.
+            self._waves(good.manifest, recreates=bool(self._deleted))
         except ToolError as second:
             self._progress.tell("failed", f"revision {good.number} did not come back either: {second}")
             return exits.UNFINISHED
@@ -182,7 +184,7 @@ class Deployment:
         stuck_since: float | None = None
         while True:
             now = time.monotonic()
-            standings = {goal: goal.look(mirror) for goal in goals}
+            standings = {goal: self._look(goal, mirror) for goal in goals}
             late = [goal for goal, standing in standings.items() if not standing.is_done]
             why = [reason for goal in late for reason in why_not(mirror, goal, self._spec.name, since)]
             lines = [str(reason) for reason in why]
@@ -204,6 +206,15 @@ class Deployment:
             if late and now >= self._deadline:
                 raise NotReached(f"{wave}: not ready in time: {shown}")
             seen = mirror.wait(seen, min(1.0, max(0.05, self._options.settle_s / 2)))
+
+    def _look(self, goal: Goal, mirror: Mirror) -> Standing:
+        """KubeRay takes a while to see that a cluster is gone, and calls its service ready until then."""
+        standing = goal.look(mirror)
+        if goal.kind is RAY_SERVICE and self._deleted:
+            status = (mirror.find(RAY_SERVICE, goal.name) or {}).get("status") or {}
+            if (status.get("activeServiceStatus") or {}).get("rayClusterName") == self._deleted:
+                return Standing(False, f"{self._deleted} is gone, its successor is not ready", standing.reasons)
+        return standing
 
     # --- the engine ---------------------------------------------------------------------------
 
@@ -250,6 +261,7 @@ class Deployment:
             self._progress.tell(
                 "warning", f"RayCluster {name} is deleted; nothing is served until its successor is ready"
             )
+            self._deleted = name
             self._cluster.delete(RAY_CLUSTER, name, self._spec.namespace, uid=live["metadata"].get("uid", ""))
 
     def _make_secret(self) -> None:

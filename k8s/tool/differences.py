@@ -93,7 +93,8 @@ def _compare(before: Any, after: Any, path: Path, is_partial: bool) -> Iterator[
                 if not _is_empty(before[key]):
                     yield Difference(step, before[key], ABSENT)
             else:
-                yield from _compare(before[key], after[key], step, is_partial)
+                # Serve's config is one text to Kubernetes: whoever sets it sets all of it.
+                yield from _compare(before[key], after[key], step, is_partial and key != SERVE_CONFIG)
     elif isinstance(before, list) and isinstance(after, list):
         yield from _compare_lists(before, after, path, is_partial)
     elif not _is_same(before, after):
@@ -111,6 +112,9 @@ def _compare_lists(before: list[Any], after: list[Any], path: Path, is_partial: 
         return
     olds = {item[name]: item for item in before}
     news = {item[name]: item for item in after}
+    order = [key for key in news if key in olds]
+    if order != [key for key in olds if key in news]:  # means nothing to most readers, and all to a hash
+        yield Difference((*path, "order"), [key for key in olds if key in news], order)
     for key in [*news, *(key for key in olds if key not in news)]:
         step = (*path, str(key))
         if key not in news:
@@ -129,15 +133,20 @@ def _naming_field(items: list[Any]) -> str | None:
 
 
 def _is_same(before: Any, after: Any) -> bool:
-    """ "1000m" is 1, and "2048Mi" is "2Gi": a server may write a quantity otherwise."""
+    """ "1000m" is 1, and "2048Mi" is "2Gi": a server may write a quantity otherwise. It never turns powers of two into
+    powers of ten, and a hash of the text tells them apart (apimachinery, resource.Quantity: Format is kept)."""
     if before == after:
         return isinstance(before, bool) == isinstance(after, bool)
     if isinstance(before, bool) or isinstance(after, bool):
         return False
     if isinstance(before, str | int | float) and isinstance(after, str | int | float):
         left, right = number(before), number(after)
-        return left is not None and left == right
+        return left is not None and left == right and _is_binary(before) == _is_binary(after)
     return False
+
+
+def _is_binary(value: str | int | float) -> bool:
+    return isinstance(value, str) and value.endswith("i")
 
 
 def _is_empty(value: Any) -> bool:

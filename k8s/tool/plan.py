@@ -8,12 +8,12 @@ from typing import Final
 
 from k8s.objects import Object, external_secrets
 from k8s.spec import ServingSpec
-from k8s.tool import exits, upgrade
+from k8s.tool import exits, reasons, upgrade
 from k8s.tool.cluster import Cluster
 from k8s.tool.demand import Demand, live_quotas, read_demand
 from k8s.tool.differences import Difference, differences, removals
 from k8s.tool.exits import ApiError
-from k8s.tool.kinds import CONFIG_MAP, NAMESPACE, SECRET, Kind, kind_of, title
+from k8s.tool.kinds import CONFIG_MAP, NAMESPACE, RAY_CLUSTER, SECRET, Kind, kind_of, title
 from k8s.tool.upgrade import Upgrade
 from k8s.tool.waves import POLICY, wave_of, waves
 
@@ -54,7 +54,9 @@ class Plan:
 
     @property
     def has_changes(self) -> bool:
-        return any(change.action not in (SAME, UNKNOWN) for change in self.changes)
+        """Of objects, or of a Ray cluster that was left behind by an earlier one."""
+        is_behind = self.upgrade.kind == upgrade.NOT_ROLLED_OUT
+        return is_behind or any(change.action not in (SAME, UNKNOWN) for change in self.changes)
 
     @property
     def exit_code(self) -> int:
@@ -98,8 +100,7 @@ def make_plan(
         for key, thing in before.items()
         if key not in wanted and thing["kind"] not in KEPT_KINDS and live.find(thing) is not None
     ]
-    service = next(thing for thing in things if thing["kind"] == "RayService")
-    found = upgrade.classify(live.find(service), service)
+    found, service = _upgrade(cluster, live, changes)
     quotas = live_quotas(cluster, spec.namespace, things) if live.has_namespace is not False else []
     demand = read_demand(cluster, spec, service, found, quotas)
     refusals += demand.refusals
@@ -109,12 +110,27 @@ def make_plan(
         refusals.append(
             f"images: {', '.join(spec.placeholder_images)} is a place holder; put your own digests into the spec"
         )
+    warnings += _of_engine(live.find(service), found)
     warnings += _secrets(cluster, spec)
     if demand.unknown:
         warnings.append(f"whether there is room is not known: {demand.unknown}")
     restarts = (*found.restarts, *_gateway_restarts(changes))
     compared = f"locally: {why_local}" if why_local else "by the server, in a dry run"
     return Plan(tuple(changes), found, demand, compared, restarts, tuple(refusals), tuple(warnings))
+
+
+def _upgrade(cluster: Cluster, live: _Live, changes: Sequence[Change]) -> tuple[Upgrade, Object]:
+    """(what becomes of the engine, its RayService as it should be)."""
+    [change] = [change for change in changes if change.thing["kind"] == "RayService" and change.action != DELETE]
+    service, now = change.thing, live.find(change.thing)
+    running = None
+    if name := upgrade.compared_cluster(now):
+        try:
+            running = cluster.get(RAY_CLUSTER, name, service["metadata"]["namespace"])
+        except ApiError as error:
+            if not (error.is_forbidden or error.is_missing):
+                raise
+    return upgrade.classify(now, service, changed=change.differences, running=running), service
 
 
 class _Live:
@@ -198,6 +214,24 @@ def _why_not_by_server(cluster: Cluster, spec: ServingSpec, has_namespace: bool 
             return f"a dry run needs patch on configmaps in {spec.namespace}"
         return f"the server has no dry run ({error.status} {error.reason})"
     return ""
+
+
+def _of_engine(now: Object | None, found: Upgrade) -> list[str]:
+    """What people should know before they change a RayService. now: as it is."""
+    warnings = []
+    if found.left:
+        warnings.append(
+            f"the running cluster keeps its own {', '.join(found.left[:4])}: KubeRay hands these on to a new cluster "
+            "only, and makes none for them; `deploy --recreate` does"
+        )
+    if now is not None and reasons.condition(now, "UpgradeInProgress") == "True":
+        warnings.append(f"an upgrade is under way, and its second cluster {upgrade.compared_cluster(now)} holds GPUs")
+    if now is not None and upgrade.strategy(now) == upgrade.INCREMENTAL_STRATEGY:
+        warnings.append(
+            f"RayService {now['metadata']['name']}: upgradeStrategy is {upgrade.INCREMENTAL_STRATEGY}, which no spec "
+            "asks for: it empties the first cluster while gateways still send to it"
+        )
+    return warnings
 
 
 def _secrets(cluster: Cluster, spec: ServingSpec) -> list[str]:

@@ -1,7 +1,20 @@
 """What a changed RayService makes KubeRay do: nothing, an update in place, a second cluster, or nothing it should.
 
-The rules are those of KubeRay 1.7's controller (rayservice_controller.go: shouldPrepareNewCluster,
-shouldUpdateCluster, the hash without replicas and workersToDelete), and of Ray Serve for what restarts replicas
+KubeRay compares `rayClusterConfig` by a hash of its JSON with the annotation of the cluster that it would replace: the
+pending one, else the active one. Read in ray-project/kuberay, ray-operator/controllers/ray/, at commit 0110627 (after
+1.6.0, before 1.7.0, of which no copy was at hand):
+
+- rayservice_controller.go: shouldPrepareNewCluster, shouldUpdateCluster, isClusterSpecHashEqual, reconcileServe. The
+  hash leaves out `replicas`, `minReplicas`, `maxReplicas` and `scaleStrategy` (whose one field is `workersToDelete`)
+  of a worker group, the cluster's own `upgradeStrategy` and, since pull request 4569, `tolerations` and
+  `schedulingGates` of every pod template. All else is in it: `suspend`, `idleTimeoutSeconds`, `numOfHosts`, the
+  autoscaler's options, the order of lists, a field that is gone. Groups added at the end come to the running cluster.
+- The service's own `upgradeStrategy` is in no hash: turning it from None to NewCluster rolls out what waits by then.
+- With None a changed cluster stays as it is, and Serve's config still reaches it.
+- modifyRayCluster: groups added at the end, and a new version of KubeRay, write the whole config into the active
+  cluster, bounds included; pods that run stay.
+
+A cluster edited by hand keeps its annotation; here it counts as what it is. What restarts replicas is Ray Serve's
 (ray/serve/_private/config.py: the update type of each option).
 """
 
@@ -15,7 +28,7 @@ from typing import Any, Final
 import yaml
 
 from k8s.objects import Object
-from k8s.tool.differences import SERVE_CONFIG, Difference, differences
+from k8s.tool.differences import ABSENT, SERVE_CONFIG, Difference, Path, differences
 
 NONE: Final = "none"
 CREATE: Final = "create"
@@ -25,18 +38,23 @@ INCREMENTAL: Final = "incremental"
 NEW_CLUSTER: Final = "new cluster"
 NOT_ROLLED_OUT: Final = "not rolled out"
 
+INCREMENTAL_STRATEGY: Final = "NewClusterWithIncrementalUpgrade"
+
 EXPLAINED: Final = {
     NONE: "the engine stays as it is",
     CREATE: "the first Ray cluster is made",
-    IN_PLACE: "Ray Serve changes the running cluster",
+    IN_PLACE: "the running cluster stays, and Ray Serve or KubeRay takes the new settings",
     RESIZE: "worker groups of the running cluster get other bounds, and no pod restarts",
     INCREMENTAL: "a second cluster grows while the first one shrinks, step by step",
     NEW_CLUSTER: "a second, whole cluster is made beside the first one, and takes over when it is ready",
     NOT_ROLLED_OUT: "upgradeStrategy is None, so KubeRay leaves the running cluster as it is; "
-    "`deploy --recreate` deletes it first, and nothing is served until the new one is ready",
+    "`deploy --recreate` deletes it first, and nothing new is served until its successor is ready; "
+    "`engine.upgrade: new-cluster` in the spec makes a second one beside it, where both fit",
 }
 
-_SILENT: Final = ("maxReplicas", "minReplicas", "replicas")
+_CLUSTER: Final = ("spec", "rayClusterConfig")
+_BOUNDS: Final = {("maxReplicas",), ("minReplicas",), ("replicas",)}
+_UNHASHED: Final = {("template", "spec", "tolerations"), ("template", "spec", "schedulingGates")}
 _LIGHT: Final = frozenset(
     {
         "autoscaling_config",
@@ -56,37 +74,59 @@ _LIGHT: Final = frozenset(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Upgrade:
-    """What becomes of the engine. causes: the fields that decide it; restarts: what starts anew, in words."""
+    """What becomes of the engine. causes: the fields that decide it; restarts: what starts anew, in words; left: fields
+    that KubeRay hands on to a new cluster only, and that are in no hash."""
 
     kind: str
     causes: tuple[str, ...] = ()
     restarts: tuple[str, ...] = ()
     surge_percent: int = 0
+    left: tuple[str, ...] = ()
 
     @property
     def explained(self) -> str:
         return EXPLAINED[self.kind]
 
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether the running cluster will not be as asked, unless it is deleted."""
+        return self.kind == NOT_ROLLED_OUT or bool(self.left)
 
-def classify(live: Object | None, wanted: Object) -> Upgrade:
-    """live, wanted: RayServices; None = there is none yet."""
+
+def classify(
+    live: Object | None, wanted: Object, *, changed: Sequence[Difference] | None = None, running: Object | None = None
+) -> Upgrade:
+    """live, wanted: RayServices; None = there is none yet. changed: how they differ, fields that go included; None =
+    find out, without those. running: the RayCluster that KubeRay compares with, as far as it may be read."""
     if live is None:
         return Upgrade(CREATE)
-    changed = differences(live, wanted, is_partial=True)
-    cluster = [found for found in changed if found.path[:2] == ("spec", "rayClusterConfig")]
-    hashed = [found for found in cluster if not _is_silent(found)]
-    serve = [found for found in changed if found.path[:2] == ("spec", SERVE_CONFIG)]
-    restarts = _restarts(serve)
-    if hashed and not _is_only_appended(live, wanted, hashed):
+    found = differences(live, wanted, is_partial=True) if changed is None else list(changed)
+    of_cluster = [each for each in found if each.path[:2] == _CLUSTER]
+    hashed = [each for each in of_cluster if not _is_silent(each)]
+    config = live["spec"]["rayClusterConfig"]
+    if running is not None:
+        hashed, config = _behind(running, wanted, hashed), running["spec"]
+    if hashed and not _is_only_appended(config, wanted, hashed):
         return _replaced(wanted, hashed)
-    if hashed:
-        return Upgrade(IN_PLACE, _fields(hashed) + _fields(serve), ("pods of the added worker groups start", *restarts))
-    if serve:
-        return Upgrade(IN_PLACE, _fields(serve), restarts)
-    if cluster:
-        return Upgrade(RESIZE, _fields(cluster))
-    others = [found for found in changed if found.path[:1] == ("spec",)]
-    return Upgrade(IN_PLACE, _fields(others)) if others else Upgrade(NONE)
+    serve = [each for each in found if each.path[:2] == ("spec", SERVE_CONFIG)]
+    bounds = [each for each in of_cluster if each.path[2:3] == ("workerGroupSpecs",) and each.path[4:5] in _BOUNDS]
+    left = _fields([each for each in of_cluster if _is_unhashed(each)])
+    others = [each for each in found if each.path[:1] == ("spec",) and each.path[:2] != _CLUSTER]
+    if hashed or serve:
+        added = ("pods of the added worker groups start",) if hashed else ()
+        return Upgrade(IN_PLACE, _fields(hashed) + _fields(serve), (*added, *_restarts(serve)), left=left)
+    if bounds:
+        return Upgrade(RESIZE, _fields(bounds), left=left)
+    return Upgrade(IN_PLACE if others else NONE, _fields(others), left=left)
+
+
+def compared_cluster(service: Object | None) -> str:
+    """Name of the RayCluster that KubeRay compares a RayService with: pending, else active; "" = none."""
+    status = (service or {}).get("status") or {}
+    for key in ("pendingServiceStatus", "activeServiceStatus"):
+        if name := (status.get(key) or {}).get("rayClusterName"):
+            return str(name)
+    return ""
 
 
 def groups(cluster_spec: Object) -> dict[str, Object]:
@@ -123,16 +163,36 @@ def resizing(live_cluster: Object, wanted: Object, *, shrinks: bool, idle: Seque
     return patch
 
 
+def strategy(service: Object) -> str:
+    """Of a RayService; without one KubeRay takes NewCluster, unless its own ENABLE_ZERO_DOWNTIME is false."""
+    return str((service["spec"].get("upgradeStrategy") or {}).get("type") or "NewCluster")
+
+
 def _replaced(wanted: Object, hashed: list[Difference]) -> Upgrade:
-    strategy = wanted["spec"].get("upgradeStrategy") or {}
-    kind = str(strategy.get("type") or "NewCluster")
+    kind = strategy(wanted)
     everything = ("every engine pod, in a second cluster; the first one serves until that is ready",)
     if kind == "None":
         return Upgrade(NOT_ROLLED_OUT, _fields(hashed))
-    if kind == "NewClusterWithIncrementalUpgrade":
-        options = strategy.get("clusterUpgradeOptions") or {}
+    if kind == INCREMENTAL_STRATEGY:
+        options = wanted["spec"]["upgradeStrategy"].get("clusterUpgradeOptions") or {}
         return Upgrade(INCREMENTAL, _fields(hashed), everything, int(options.get("maxSurgePercent", 100)))
     return Upgrade(NEW_CLUSTER, _fields(hashed), everything, 100)
+
+
+def _behind(running: Object, wanted: Object, hashed: Sequence[Difference]) -> list[Difference]:
+    """What a running cluster lacks of the wanted config. hashed: what changes, for fields that go: of those, the ones
+    that the cluster still has."""
+    config = {"spec": {"rayClusterConfig": running["spec"]}}
+    goal = {"spec": {"rayClusterConfig": wanted["spec"]["rayClusterConfig"]}}
+    found = [each for each in differences(config, goal, is_partial=True) if not _is_silent(each)]
+    whole = differences(goal, config, is_partial=False)
+    present = {each.path for each in whole if each.before == ABSENT}
+    gone = [each for each in hashed if each.after == ABSENT and any(_covers(path, each.path) for path in present)]
+    return found + gone
+
+
+def _covers(path: Path, other: Path) -> bool:
+    return other[: len(path)] == path or path[: len(other)] == other
 
 
 def _is_silent(found: Difference) -> bool:
@@ -140,14 +200,22 @@ def _is_silent(found: Difference) -> bool:
     path = found.path[2:]
     if path[:1] == ("upgradeStrategy",):
         return True
-    if path[:1] == ("workerGroupSpecs",) and len(path) >= 3:
-        return path[2] in _SILENT or path[2:4] == ("scaleStrategy", "workersToDelete")
-    return False
+    if path[:1] == ("workerGroupSpecs",) and (path[2:3] in _BOUNDS or path[2:3] == ("scaleStrategy",)):
+        return True
+    return _is_unhashed(found)
 
 
-def _is_only_appended(live: Object, wanted: Object, hashed: list[Difference]) -> bool:
-    """Whether all that differs are worker groups added at the end."""
-    old = [group["groupName"] for group in live["spec"]["rayClusterConfig"].get("workerGroupSpecs") or []]
+def _is_unhashed(found: Difference) -> bool:
+    """Of a pod's template, and in no hash."""
+    path = found.path[2:]
+    if path[:1] == ("headGroupSpec",):
+        return path[1:4] in _UNHASHED
+    return path[:1] == ("workerGroupSpecs",) and path[2:5] in _UNHASHED
+
+
+def _is_only_appended(config: Object, wanted: Object, hashed: list[Difference]) -> bool:
+    """Whether all that differs are worker groups added at the end. config: of the cluster, as it is."""
+    old = [group["groupName"] for group in config.get("workerGroupSpecs") or []]
     new = [group["groupName"] for group in wanted["spec"]["rayClusterConfig"].get("workerGroupSpecs") or []]
     added = {("workerGroupSpecs", name) for name in new[len(old) :]}
     return new[: len(old)] == old and bool(added) and all(found.path[2:] in added for found in hashed)

@@ -22,6 +22,7 @@ class Operators:
     holds_gateway: bool = False
     makes_pods: bool = True
     num_clusters: int = 0
+    bad_engine: str = ""  # a Ray cluster whose spec holds this text fails to deploy
     bad_image: str = ""  # pods with an image that holds this text never start
 
     def __call__(self, server: ApiServer, event: str, thing: Object) -> None:
@@ -58,8 +59,10 @@ class Operators:
             server.store(cluster)
             if self.makes_pods:
                 self._make_pods(server, cluster)
-        applications = {name: {"status": self.application, "message": self.message} for name in ("directory", "model")}
-        is_ready = self.application == "RUNNING"
+        is_bad = bool(self.bad_engine) and self.bad_engine in str(cluster["spec"])
+        application = "DEPLOY_FAILED" if is_bad else self.application
+        applications = {name: {"status": application, "message": self.message} for name in ("directory", "model")}
+        is_ready = application == "RUNNING"
         status.update(
             observedGeneration=service["metadata"]["generation"],
             activeServiceStatus={
@@ -155,8 +158,8 @@ def make_pod(
     }
 
 
-def make_node(name: str, *, gpus: int = 0, cpus: str = "64", memory: str = "512Gi", **more: Any) -> Object:
-    """A ready node. more: `taints`, `labels`, `unschedulable`, `conditions`."""
+def make_node(name: str, *, gpus: int = 0, cpus: str = "64", memory: str = "536870912Ki", **more: Any) -> Object:
+    """A ready node; memory as kubelets tell it. more: `taints`, `labels`, `unschedulable`, `conditions`."""
     allocatable = {"cpu": cpus, "memory": memory, "pods": "110"} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
     labels = {"kubernetes.io/hostname": name, **more.get("labels", {})}
     if gpus:
@@ -181,10 +184,16 @@ def _is_new(thing: Object) -> bool:
     return (thing.get("status") or {}).get("observedGeneration") != thing["metadata"]["generation"]
 
 
-def _hashed(spec: Object) -> Object:
+def _hashed(spec: Object, num_groups: int | None = None) -> Object:
+    """What KubeRay makes a hash of (the docstring of k8s/tool/upgrade.py). num_groups: only the first so many."""
     left = copy.deepcopy(spec)
-    for group in left.get("workerGroupSpecs", []):
+    left["workerGroupSpecs"] = left.get("workerGroupSpecs", [])[:num_groups]
+    for group in left["workerGroupSpecs"]:
         for name in SILENT:
             group.pop(name, None)
+        group.get("scaleStrategy", {}).pop("workersToDelete", None)
+    for part in (left["headGroupSpec"], *left["workerGroupSpecs"]):
+        for name in ("tolerations", "schedulingGates"):
+            part["template"]["spec"].pop(name, None)
     left.pop("upgradeStrategy", None)
     return left

@@ -8,7 +8,10 @@ import urllib.request
 import pytest
 import yaml
 
-from k8s.tool import exits, main
+from k8s.spec import ServingSpec
+from k8s.tool import commands, deploy, exits, main
+from k8s.tool.specs import find_spec, objects_of
+from tests.k8s.api_json import Object
 from tests.k8s.cluster_fixture import World, running, world
 
 __all__ = ["running", "world"]
@@ -94,6 +97,7 @@ def test_fields_that_we_no_longer_set_are_removals(world: World) -> None:
     assert code == exits.CHANGES
     removed = [entry["path"] for thing in found["objects"] for entry in thing["fields"] if entry["after"] == "-"]
     assert any("imagePullSecrets" in path for path in removed)
+    assert found["upgrade"]["kind"] == "new cluster"  # what goes is in KubeRay's hash as what comes
 
 
 def test_an_upgrade_without_room_is_refused_before_anything_changes(world: World) -> None:
@@ -121,6 +125,16 @@ def test_what_kuberay_would_not_roll_out_is_refused_or_recreated(world: World) -
     assert code == exits.REFUSED
     assert "upgradeStrategy is None" in text
 
+    heal(world)
+    code, text = world.deploy(spec, "--recreate")
+    assert code == exits.DONE, text
+    [new] = world.running.all("RayCluster")
+    assert new["metadata"]["name"] != old["metadata"]["name"]
+
+
+def heal(world: World) -> None:
+    """KubeRay makes another cluster for one that was deleted."""
+
     def remade(server: object, event: str, thing: dict[str, object]) -> None:
         if event == "DELETED" and thing["kind"] == "RayCluster":
             service = world.running.server.find("RayService", "argosy", "argosy")
@@ -128,10 +142,94 @@ def test_what_kuberay_would_not_roll_out_is_refused_or_recreated(world: World) -
             world.operators._ray_service(world.running.server, service)
 
     world.running.state.controllers.append(remade)  # type: ignore[arg-type]
+
+
+def image_of_cluster(world: World) -> str:
+    [cluster] = world.running.all("RayCluster")
+    return str(cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"])
+
+
+def left_behind(world: World) -> str:
+    """The spec of a deployment whose RayService somebody changed by hand while its strategy was None."""
+    assert world.deploy(world.spec_file(engine={"upgrade": "none"}))[0] == exits.DONE
+    [old] = world.running.all("RayCluster")
+    new = world.spec_file(engine={"upgrade": "none"}, images={"engine": "argosy-engine:0.2.0"})
+    for thing in objects_of(find_spec(new)):
+        world.cluster.apply(thing, is_forced=True)
+    assert world.running.all("RayCluster")[0]["metadata"]["name"] == old["metadata"]["name"]
+    return new
+
+
+def test_a_cluster_that_was_left_behind_is_no_quiet_success(world: World) -> None:
+    """The RayService is as the spec says, and the cluster that runs is not."""
+    spec = left_behind(world)
+    code, found = world.run_json("plan", spec)
+    assert (code, found["upgrade"]["kind"], found["has_changes"]) == (exits.REFUSED, "not rolled out", True)
+    assert {thing["action"] for thing in found["objects"]} == {"same"}
+    assert world.deploy(spec)[0] == exits.REFUSED
+    heal(world)
     code, text = world.deploy(spec, "--recreate")
     assert code == exits.DONE, text
+    assert image_of_cluster(world) == "argosy-engine:0.2.0"
+    assert world.run("plan", spec)[0] == exits.DONE
+
+
+def test_another_strategy_rolls_out_what_none_kept_back(world: World) -> None:
+    spec = find_spec(left_behind(world))
+    changed = world.spec_file(engine={"upgrade": "new-cluster"}, images={"engine": spec.images.engine})
+    code, found = world.run_json("plan", changed)
+    assert (code, found["upgrade"]["kind"]) == (exits.CHANGES, "new cluster")
+    assert found["gpus"]["more_replicas"] == 1
+    assert world.deploy(changed)[0] == exits.DONE
+    assert image_of_cluster(world) == "argosy-engine:0.2.0"
+
+
+def test_the_way_back_from_a_recreated_cluster_is_another_one(world: World) -> None:
+    heal(world)
+    assert world.deploy(world.spec_file(engine={"upgrade": "none"}))[0] == exits.DONE
+    world.operators.bad_engine = "0.2.0"
+    spec = world.spec_file(engine={"upgrade": "none"}, images={"engine": "argosy-engine:0.2.0"})
+    code, text = world.deploy(spec, "--recreate", "--atomic")
+    assert code == exits.ROLLED_BACK, text
+    assert image_of_cluster(world) == "argosy-engine:0.1.0"
+
+
+def test_what_no_hash_covers_waits_and_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert world.deploy()[0] == exits.DONE
+    [old] = world.running.all("RayCluster")
+
+    def tolerant(spec: ServingSpec) -> list[Object]:
+        things = objects_of(spec)
+        [service] = [thing for thing in things if thing["kind"] == "RayService"]
+        service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["tolerations"] = [{"key": "a"}]
+        return things
+
+    monkeypatch.setattr(deploy, "objects_of", tolerant)
+    monkeypatch.setattr(commands, "objects_of", tolerant)
+    code, found = world.run_json("plan", "dev-cpu")
+    assert (code, found["upgrade"]["kind"]) == (exits.CHANGES, "none")
+    [warning] = [text for text in found["warnings"] if "KubeRay hands these on to a new cluster only" in text]
+    assert "headGroupSpec.template.spec.tolerations" in warning
+    heal(world)
+    assert world.deploy("dev-cpu", "--recreate")[0] == exits.DONE
     [new] = world.running.all("RayCluster")
     assert new["metadata"]["name"] != old["metadata"]["name"]
+
+
+def test_a_strategy_that_somebody_else_chose_is_explained(world: World) -> None:
+    assert world.deploy()[0] == exits.DONE
+    things = world.running.snapshot()
+    [service] = [thing for thing in things if thing["kind"] == "RayService"]
+    options = {"gatewayClassName": "x", "intervalSeconds": 5, "stepSizePercent": 5, "maxSurgePercent": 50}
+    service["spec"]["upgradeStrategy"] = {"type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": options}
+    service["status"]["conditions"] = [{"type": "UpgradeInProgress", "status": "True"}]
+    service["status"]["pendingServiceStatus"] = {"rayClusterName": "argosy-00002"}
+    world.running.restore(things)
+    code, found = world.run_json("plan", "dev-cpu")
+    assert (code, found["upgrade"]["kind"]) == (exits.CHANGES, "in place")
+    assert "spec.upgradeStrategy.type" in found["upgrade"]["causes"]
+    assert any("empties the first cluster while gateways still send to it" in text for text in found["warnings"])
+    assert any("an upgrade is under way, and its second cluster argosy-00002" in text for text in found["warnings"])
 
 
 def test_place_holders_are_refused(world: World) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from k8s.amounts import num_bytes_of
 from k8s.tool import upgrade
+from k8s.tool.differences import differences
 from k8s.tool.specs import find_spec, objects_of
 from tests.k8s.api_json import Object
 
@@ -70,9 +71,36 @@ def reserialise(spec: Any) -> None:
     spec["serveConfigV2"] = yaml.safe_dump(yaml.safe_load(spec["serveConfigV2"]), default_flow_style=True)
 
 
-def quantity(spec: Any) -> None:
+def memory(spec: Any, shown: Callable[[int], str]) -> None:
     resources = spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]
-    resources["requests"]["memory"] = str(num_bytes_of(resources["requests"]["memory"]))
+    resources["requests"]["memory"] = shown(num_bytes_of(resources["requests"]["memory"]))
+
+
+def worker(spec: Any) -> Any:
+    return spec["rayClusterConfig"]["workerGroupSpecs"][0]
+
+
+def pod_spec(spec: Any) -> Any:
+    return worker(spec)["template"]["spec"]
+
+
+def tolerate(spec: Any) -> None:
+    for part in (spec["rayClusterConfig"]["headGroupSpec"], worker(spec)):
+        part["template"]["spec"]["tolerations"] = [{"key": "more", "operator": "Exists"}]
+
+
+def reorder(spec: Any) -> None:
+    pod_spec(spec)["volumes"].reverse()
+
+
+def remove_group(spec: Any) -> None:
+    spec["rayClusterConfig"]["workerGroupSpecs"].pop()
+
+
+def remove_argument(spec: Any) -> None:
+    document = yaml.safe_load(spec["serveConfigV2"])
+    del document["applications"][1]["args"]["drain_timeout_s"]
+    spec["serveConfigV2"] = yaml.safe_dump(document)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +108,22 @@ def quantity(spec: Any) -> None:
     [
         (lambda spec: None, upgrade.NONE, ""),
         (reserialise, upgrade.NONE, ""),
-        (quantity, upgrade.NONE, ""),
+        (lambda spec: memory(spec, lambda size: f"{size >> 10}Ki"), upgrade.NONE, ""),
+        (lambda spec: memory(spec, str), upgrade.NEW_CLUSTER, "resources.requests.memory"),
+        (reorder, upgrade.NEW_CLUSTER, "volumes.order"),
+        (remove_argument, upgrade.IN_PLACE, "args.drain_timeout_s"),
+        (lambda spec: worker(spec).update(suspend=True), upgrade.NEW_CLUSTER, "workers.suspend"),
+        (lambda spec: worker(spec).update(idleTimeoutSeconds=5), upgrade.NEW_CLUSTER, "idleTimeoutSeconds"),
+        (lambda spec: worker(spec).update(numOfHosts=2), upgrade.NEW_CLUSTER, "numOfHosts"),
+        (lambda spec: worker(spec).update(scaleStrategy={"workersToDelete": ["a"]}), upgrade.NONE, ""),
+        (
+            lambda spec: spec["rayClusterConfig"].update(autoscalerOptions={"version": "v2"}),
+            upgrade.NEW_CLUSTER,
+            "autoscalerOptions",
+        ),
+        (lambda spec: spec["rayClusterConfig"].update(upgradeStrategy={"type": "None"}), upgrade.NONE, ""),
+        (lambda spec: spec.update(upgradeStrategy={"type": "None"}), upgrade.IN_PLACE, "spec.upgradeStrategy.type"),
+        (tolerate, upgrade.NONE, ""),
         (image, upgrade.NEW_CLUSTER, "spec.rayClusterConfig.workerGroupSpecs.workers.template.spec.containers"),
         (incremental, upgrade.INCREMENTAL, "spec.rayClusterConfig"),
         (stay, upgrade.NOT_ROLLED_OUT, "spec.rayClusterConfig"),
@@ -95,6 +138,59 @@ def test_the_kind_of_upgrade_and_its_cause(change: Callable[[Any], object], kind
     found = changed(change)
     assert found.kind == kind
     assert cause in " ".join(found.causes)
+
+
+def test_a_field_that_goes_is_in_the_hash_and_may_be_seen_in_the_changes_only() -> None:
+    live, wanted = ray_service("prod-scale-to-zero"), ray_service("prod-scale-to-zero")
+    for service in (live, wanted):
+        service["spec"]["upgradeStrategy"] = {"type": "NewCluster"}
+    remove_group(wanted["spec"])
+    assert upgrade.classify(live, wanted).kind == upgrade.NONE
+    changed = differences(live, wanted, is_partial=False)
+    found = upgrade.classify(live, wanted, changed=changed)
+    assert (found.kind, found.causes) == (upgrade.NEW_CLUSTER, ("spec.rayClusterConfig.workerGroupSpecs.directory",))
+    running = {"spec": copy.deepcopy(live["spec"]["rayClusterConfig"])}
+    assert upgrade.classify(live, wanted, changed=changed, running=running).kind == upgrade.NEW_CLUSTER
+    running["spec"]["workerGroupSpecs"].pop()
+    assert upgrade.classify(live, wanted, changed=changed, running=running).kind != upgrade.NEW_CLUSTER
+
+
+def test_tolerations_and_gates_are_in_no_hash_and_wait_for_another_cluster() -> None:
+    found = changed(tolerate)
+    assert not found.restarts
+    assert [field.rpartition(".")[2] for field in found.left] == ["tolerations", "tolerations"]
+    assert found.is_left_behind
+    gated = changed(lambda spec: pod_spec(spec).update(schedulingGates=[{"name": "g"}]))
+    assert (gated.kind, len(gated.left)) == (upgrade.NONE, 1)
+
+    def both(spec: Any) -> None:
+        tolerate(spec)
+        image(spec)
+
+    assert (changed(both).kind, changed(both).left) == (upgrade.NEW_CLUSTER, ())
+
+
+def test_what_the_hash_is_compared_with_is_the_cluster_and_not_the_service() -> None:
+    """A change that None kept back is rolled out by whatever strategy comes next, and undone without a new cluster."""
+    old, new = ray_service(), ray_service()
+    image(new["spec"])
+    running = {"spec": copy.deepcopy(old["spec"]["rayClusterConfig"])}
+    assert upgrade.classify(new, new).kind == upgrade.NONE
+    assert upgrade.classify(new, new, running=running).kind == upgrade.NEW_CLUSTER
+    for service in (old, new):
+        service["spec"]["upgradeStrategy"] = {"type": "None"}
+    assert upgrade.classify(new, new, running=running).kind == upgrade.NOT_ROLLED_OUT
+    assert upgrade.classify(new, old, running=running).kind == upgrade.NONE
+    running["spec"]["workerGroupSpecs"][0].update(replicas=7, scaleStrategy={"workersToDelete": ["a"]})  # an autoscaler
+    assert upgrade.classify(old, old, running=running).kind == upgrade.NONE
+
+
+def test_the_pending_cluster_is_compared_while_there_is_one() -> None:
+    status = {"activeServiceStatus": {"rayClusterName": "a"}}
+    assert upgrade.compared_cluster({"status": status}) == "a"
+    assert upgrade.compared_cluster({"status": {**status, "pendingServiceStatus": {"rayClusterName": "b"}}}) == "b"
+    assert upgrade.compared_cluster({"status": {**status, "pendingServiceStatus": {}}}) == "a"
+    assert upgrade.compared_cluster(None) == ""
 
 
 def test_a_first_deployment() -> None:
