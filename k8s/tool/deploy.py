@@ -19,8 +19,9 @@ from k8s.tool.exits import ApiError, Refused, ToolError
 from k8s.tool.fleet import read_fleet
 from k8s.tool.goals import WATCHED, Goal, Standing, goals_of, why_not
 from k8s.tool.kinds import POD, RAY_CLUSTER, RAY_SERVICE, SECRET, kind_of, title
+from k8s.tool.leftovers import prune
 from k8s.tool.mirror import Mirror
-from k8s.tool.plan import DELETE, KEPT_KINDS, Plan, make_plan
+from k8s.tool.plan import DELETE, Plan, make_plan
 from k8s.tool.progress import Progress
 from k8s.tool.revisions import (
     FAILED,
@@ -112,7 +113,8 @@ class Deployment:
             finish(self._cluster, revision, spec.namespace, FAILED, text)
             return self._give_up(revisions, error)
         if self._options.waits:
-            self._prune(plan)
+            gone = [change.thing for change in plan.changes if change.action == DELETE]
+            prune(self._cluster, spec.name, spec.namespace, things, gone, progress)
         finish(self._cluster, revision, spec.namespace, GOOD)
         forget_old(self._cluster, spec.name, spec.namespace)
         done = "is deployed" if self._options.waits else "is applied; nobody waited for it"
@@ -291,30 +293,6 @@ class Deployment:
                 raise
             return
         self._progress.tell("secret", f"Secret {name} was not there, and has been made", wave=CONFIG)
-
-    # --- what is left over --------------------------------------------------------------------
-
-    def _prune(self, plan: Plan) -> None:
-        """Delete what the last revision had and this one has not, unless something that runs still reads it."""
-        doomed = [change.thing for change in plan.changes if change.action == DELETE]
-        if not doomed:
-            return
-        texts = ""
-        try:
-            for kind in (RAY_CLUSTER, POD):
-                texts += repr([thing["spec"] for thing in self._cluster.select(kind, self._spec.namespace).items])
-        except ApiError as error:
-            self._progress.tell("warning", f"what is left over stays: {error}")
-            return
-        for thing in doomed:
-            name = thing["metadata"]["name"]
-            if thing["kind"] in KEPT_KINDS or (thing["kind"] == "ConfigMap" and repr(name) in texts):
-                continue
-            try:
-                self._cluster.delete(kind_of(thing), name, thing["metadata"].get("namespace", ""))
-                self._progress.tell("deleted", f"{title(thing)}: the spec no longer has it")
-            except ApiError as error:
-                self._progress.tell("warning", f"{title(thing)} is left over: {error}")
 
 
 def _history(cluster: Cluster, spec: ServingSpec, options: Options) -> list[Revision]:

@@ -14,6 +14,8 @@ from k8s.tool.demand import Demand, live_quotas, read_demand
 from k8s.tool.differences import Difference, differences, removals
 from k8s.tool.exits import ApiError
 from k8s.tool.kinds import CONFIG_MAP, NAMESPACE, RAY_CLUSTER, SECRET, Kind, kind_of, title
+from k8s.tool.leftovers import KEPT_KINDS, fetches_weights, old_jobs
+from k8s.tool.specs import place_holders
 from k8s.tool.upgrade import Upgrade
 from k8s.tool.waves import POLICY, wave_of, waves
 
@@ -22,8 +24,6 @@ CHANGE: Final = "change"
 DELETE: Final = "delete"
 SAME: Final = "same"
 UNKNOWN: Final = "not known"
-KEPT_KINDS: Final = ("Namespace", "PersistentVolumeClaim")
-"""Never deleted because a spec no longer names them: they hold what cannot be made again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,8 +98,18 @@ def make_plan(
     changes += [
         Change(DELETE, thing)
         for key, thing in before.items()
-        if key not in wanted and thing["kind"] not in KEPT_KINDS and live.find(thing) is not None
+        if key not in wanted
+        and thing["kind"] not in KEPT_KINDS
+        and not fetches_weights(thing)
+        and live.find(thing) is not None
     ]
+    if live.has_namespace is not False:
+        try:
+            changes += [Change(DELETE, job) for job in old_jobs(cluster, spec.name, spec.namespace, things)[0]]
+        except ApiError as error:
+            if not error.is_forbidden:
+                raise
+            warnings.append("whether Jobs of earlier models are left is not known: needs list on jobs")
     found, service = _upgrade(cluster, live, changes)
     quotas = live_quotas(cluster, spec.namespace, things) if live.has_namespace is not False else []
     demand = read_demand(cluster, spec, service, found, quotas)
@@ -107,9 +117,7 @@ def make_plan(
     if found.kind == upgrade.NOT_ROLLED_OUT:
         refusals.append(found.explained)
     if spec.placeholder_images:
-        refusals.append(
-            f"images: {', '.join(spec.placeholder_images)} is a place holder; put your own digests into the spec"
-        )
+        refusals.append(place_holders(spec))
     warnings += _of_engine(live.find(service), found)
     warnings += _secrets(cluster, spec)
     if demand.unknown:

@@ -18,10 +18,11 @@ from k8s.spec import ServingSpec
 from k8s.tool import exits, reasons
 from k8s.tool.capacity import is_ready
 from k8s.tool.cluster import Cluster
-from k8s.tool.exits import ApiError, ToolError
+from k8s.tool.exits import ApiError, Refused, ToolError
 from k8s.tool.kinds import JOB, NODE, POD
 from k8s.tool.progress import Progress
 from k8s.tool.quantities import number, pod_requests
+from k8s.tool.specs import place_holders
 
 COMPONENT = "preflight"
 JOB_S = 900
@@ -40,7 +41,10 @@ class Options:
 
 
 def preflight(cluster: Cluster, spec: ServingSpec, options: Options, progress: Progress) -> int:
-    """An exit code: DONE when every node passed. Raises ToolError when nodes may not be read."""
+    """An exit code: DONE when every node passed. Raises Refused for images that nobody has named, ToolError when nodes
+    may not be read."""
+    if why := place_holders(spec):
+        raise Refused(why)
     try:
         nodes = cluster.select(NODE, labels=f"{spec.cluster.gpu_node_label}=true").items
     except ApiError as error:

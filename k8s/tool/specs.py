@@ -36,6 +36,16 @@ def objects_of(spec: ServingSpec) -> list[Object]:
         raise ToolError(str(error)) from None
 
 
+def place_holders(spec: ServingSpec) -> str:
+    """Why nothing can be started with a spec whose images nobody has named; "" = they are named."""
+    keys = {image: key for key, image in dataclasses.asdict(spec.images).items()}
+    named = [f"images.{keys[image]} ({image.partition('@')[0]})" for image in spec.placeholder_images]
+    if not named:
+        return ""
+    verb = "is a place holder" if len(named) == 1 else "are place holders"
+    return f"{', '.join(named)} {verb}: build and push the images, and name their digests in the spec"
+
+
 def as_mapping(spec: ServingSpec) -> dict[str, Any]:
     """What `spec_from` reads back as the same spec."""
     return _plain(dataclasses.asdict(spec))  # type: ignore[no-any-return]

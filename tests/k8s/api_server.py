@@ -197,6 +197,11 @@ class ApiServer(kmock.KubernetesEmulator):
         if wanted and wanted != thing["metadata"]["uid"]:
             return _status(409, "the UID in the precondition does not match", reason="Conflict")
         self.drop(thing)
+        if (call.body or {}).get("propagationPolicy") in ("Background", "Foreground"):
+            for pod in self.all("Pod", call.namespace):
+                owners = pod["metadata"].get("ownerReferences") or []
+                if any(owner["uid"] == thing["metadata"]["uid"] for owner in owners):
+                    self.drop(pod)
         return aiohttp.web.json_response({"kind": "Status", "status": "Success"})
 
     def _patch(self, call: _Call) -> aiohttp.web.Response:

@@ -232,10 +232,77 @@ def test_a_strategy_that_somebody_else_chose_is_explained(world: World) -> None:
     assert any("an upgrade is under way, and its second cluster argosy-00002" in text for text in found["warnings"])
 
 
-def test_place_holders_are_refused(world: World) -> None:
-    code, text = world.run("deploy", "prod-h100-tp8")
-    assert code == exits.REFUSED
-    assert "is a place holder" in text
+def test_place_holders_are_refused_by_key_and_rendered_all_the_same(world: World) -> None:
+    for command, changed in (("deploy", "refused"), ("plan", "+ create RayService argosy"), ("preflight", "")):
+        code, text = world.run(command, "prod-h100-tp8")
+        assert code == exits.REFUSED, text
+        assert changed.replace("refused", "") in text
+        for key, image in (("gateway", "gateway"), ("engine", "engine-cuda"), ("loadtest", "loadtest")):
+            assert f"images.{key} (registry.invalid/argosy/{image})" in text
+        assert "name their digests in the spec" in text
+    assert not [
+        call for call in world.running.state.calls if call.startswith(("POST", "PATCH")) and "dryRun" not in call
+    ]
+    assert world.run("deploy", "prod-h100-tp8", "--ignore-capacity", "--recreate")[0] == exits.REFUSED
+    code, text = world.run("plan", world.spec_file("prod-h100-tp8", images={"engine": "a/b@sha256:" + "1" * 64}))
+    assert "images.engine" not in text
+    assert world.run("render", "prod-h100-tp8")[0] == exits.DONE
+
+
+def test_ended_jobs_of_earlier_models_go_with_their_pods(world: World) -> None:
+    """One that runs stays: a cluster that is being replaced may wait for it."""
+
+    def with_weights(**images: str) -> str:
+        return world.spec_file(components=["weights-pvc"], images=images)
+
+    def jobs() -> set[str]:
+        return {job["metadata"]["name"] for job in world.running.all("Job")}
+
+    assert world.deploy(with_weights())[0] == exits.DONE
+    [first] = world.running.all("Job")
+    owner = {"uid": first["metadata"]["uid"], "kind": "Job", "name": first["metadata"]["name"]}
+    other = {
+        **first,
+        "metadata": {**first["metadata"], "name": "x", "labels": {"app.kubernetes.io/instance": "argosy"}},
+    }
+    active = {
+        **first,
+        "metadata": {**first["metadata"], "name": "argosy-weights-old", "uid": "u"},
+        "status": {"active": 1},
+    }
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "fetched", "namespace": "argosy", "labels": {},
+           "ownerReferences": [owner]}, "spec": {"containers": []}, "status": {"phase": "Succeeded"}}  # fmt: skip
+    world.running.put(other, pod)
+    things = world.running.snapshot()
+    world.running.restore([*things, active])  # without a controller that would end it
+
+    second = with_weights(engine="argosy-engine:0.2.0")
+    code, found = world.run_json("plan", second)
+    doomed = [thing["name"] for thing in found["objects"] if (thing["kind"], thing["action"]) == ("Job", "delete")]
+    assert (code, doomed) == (exits.CHANGES, [owner["name"]])
+    code, text = world.deploy(second)
+    assert code == exits.DONE, text
+    assert jobs() > {"x", "argosy-weights-old"}
+    assert owner["name"] not in jobs()
+    assert len(jobs()) == 3
+    assert world.running.find("Pod", "fetched") is None
+    assert "Job argosy-weights-old still runs and stays" in text
+
+    failed = {"conditions": [{"type": "Failed", "status": "True"}]}
+    world.running.restore([{**thing, "status": failed} if thing["metadata"]["name"] == "argosy-weights-old" else thing
+                           for thing in world.running.snapshot()])  # fmt: skip
+    assert world.run("plan", second)[0] == exits.CHANGES
+    assert world.deploy(second)[0] == exits.DONE
+    assert "argosy-weights-old" not in jobs()
+    assert world.run("plan", second)[0] == exits.DONE
+
+
+def test_a_deployment_without_the_right_to_list_jobs_leaves_them(world: World) -> None:
+    assert world.deploy()[0] == exits.DONE
+    world.running.fault("GET */jobs", status=403, message="jobs is forbidden")
+    code, found = world.run_json("plan", "dev-cpu")
+    assert code == exits.DONE
+    assert any("needs list on jobs" in text for text in found["warnings"])
 
 
 def test_a_field_that_another_manager_holds_is_a_conflict_by_name(world: World) -> None:
