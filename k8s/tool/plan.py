@@ -116,6 +116,7 @@ def make_plan(
     refusals += demand.refusals
     if found.kind == upgrade.NOT_ROLLED_OUT:
         refusals.append(found.explained)
+        warnings.append(_second_cluster(cluster, spec, service))
     if spec.placeholder_images:
         refusals.append(place_holders(spec))
     warnings += _of_engine(live.find(service), found)
@@ -222,6 +223,20 @@ def _why_not_by_server(cluster: Cluster, spec: ServingSpec, has_namespace: bool 
             return f"a dry run needs patch on configmaps in {spec.namespace}"
         return f"the server has no dry run ({error.status} {error.reason})"
     return ""
+
+
+def _second_cluster(cluster: Cluster, spec: ServingSpec, service: Object) -> str:
+    """Whether an upgrade without an interruption would do, where the spec asks for none. Its quota would be twice
+    this one."""
+    demand = read_demand(cluster, spec, service, Upgrade(upgrade.NEW_CLUSTER), [])
+    if demand.fit is None:
+        why = demand.unknown or "it starts without any replica"
+        return f"`engine.upgrade: new-cluster`: {demand.more_replicas} more replicas must run during the change; {why}"
+    how = "would be deployed" if demand.fit.is_whole else "would be refused"
+    return (
+        f"`engine.upgrade: new-cluster` {how}: it needs {demand.gpus_during} GPUs during the change, and "
+        f"{demand.fit.placed} of {demand.more_replicas} more replicas fit on the nodes now"
+    )
 
 
 def _of_engine(now: Object | None, found: Upgrade) -> list[str]:

@@ -47,11 +47,10 @@ class Operators:
         active = (status.get("activeServiceStatus") or {}).get("rayClusterName", "")
         cluster = server.find("RayCluster", active, namespace) if active else None
         wanted = service["spec"]["rayClusterConfig"]
+        old: Object | None = None
         strategy = (service["spec"].get("upgradeStrategy") or {}).get("type", "NewCluster")
         if cluster is None or (_hashed(cluster["spec"]) != _hashed(wanted) and strategy != "None"):
-            if cluster is not None:
-                self._drop_pods(server, cluster)
-                server.drop(cluster)
+            old = cluster
             self.num_clusters += 1
             name = f"{service['metadata']['name']}-{self.num_clusters:05d}"
             metadata = {"name": name, "namespace": namespace, "labels": dict(service["metadata"].get("labels", {}))}
@@ -76,6 +75,9 @@ class Operators:
             numServeEndpoints=1,
         )
         server.store(service)
+        if old is not None:
+            self._drop_pods(server, old)
+            server.drop(old)
 
     def _cluster_deleted(self, server: ApiServer, cluster: Object) -> None:
         self._drop_pods(server, cluster)
