@@ -179,7 +179,7 @@ def read_spec(path: Path) -> ServingSpec:
     except OSError as error:
         raise SpecError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: not YAML: {error}") from None
+        raise SpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     return spec_from({} if document is None else document, str(path))
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
+
+import yaml
 
 from k8s.objects import Object
 from k8s.tool.exits import ApiError, DeadlineError, ToolError
@@ -43,10 +46,12 @@ class Listing:
 
 
 def connect(kubeconfig: Path | None, context: str | None, timeout_s: float) -> Cluster:
-    """The cluster of a kubeconfig, else the one that this pod runs in. Raises ToolError.
+    """The cluster of a kubeconfig, else the one that this pod runs in, where nobody named one. Raises ToolError.
 
     timeout_s: deadline of each call, with its repetitions.
     """
+    if kubeconfig is not None and not kubeconfig.is_file():
+        raise ToolError(f"--kubeconfig: there is no file {kubeconfig}")
     try:
         from kubernetes import client, config
         from kubernetes.config.config_exception import ConfigException
@@ -57,11 +62,17 @@ def connect(kubeconfig: Path | None, context: str | None, timeout_s: float) -> C
         config.load_kube_config(  # type: ignore[no-untyped-call]
             config_file=str(kubeconfig) if kubeconfig else None, context=context, client_configuration=settings
         )
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        where = kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config"
+        raise ToolError(f"{where} is no kubeconfig: {' '.join(str(error).split())}") from None
     except (ConfigException, OSError, ValueError) as error:
+        hint = "give --kubeconfig, --context or $KUBECONFIG"
+        if kubeconfig is not None or context is not None:  # never another cluster than the one that was asked for
+            raise ToolError(f"no cluster to talk to: {error}; {hint}") from None
         try:
             config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
         except (ConfigException, OSError):
-            raise ToolError(f"no cluster to talk to: {error}; give --kubeconfig, --context or $KUBECONFIG") from None
+            raise ToolError(f"no cluster to talk to: {error}; {hint}") from None
     settings.retries = False  # ours know which calls may be repeated
     return Cluster(client.ApiClient(settings), timeout_s)
 

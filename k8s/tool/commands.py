@@ -71,8 +71,11 @@ def render(
         return exits.DONE
     for path, text in rendering.render_overlay(found, f"overlays/{found.name}").items():
         target = out / Path(path).name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ToolError(f"--out: {target}: {error.strerror}") from None
         typer.echo(f"wrote {target}")
     return exits.DONE
 

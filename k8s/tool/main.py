@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typer
+import typer.main
 from typer.exceptions import TyperException
 
 from k8s.tool import commands, diagnosis, exits, operations
@@ -21,7 +22,9 @@ def main(arguments: list[str]) -> int:
         return error.code
     except TyperException as error:  # wrong usage, which is an error here and not the 2 that means changes
         if text := str(error):
-            typer.echo(f"error: {text}; {(arguments or [''])[0]} --help lists what there is", err=True)
+            known = typer.main.get_command(commands.app).commands  # type: ignore[attr-defined]
+            command = " ".join(["argosy k8s", *(name for name in arguments[:1] if name in known)])
+            typer.echo(f"error: {text.rstrip('.')}; `{command} --help` lists what there is", err=True)
         return exits.ERROR
     except (typer.Abort, KeyboardInterrupt):
         return 130

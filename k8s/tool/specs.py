@@ -22,10 +22,20 @@ def find_spec(text: str) -> ServingSpec:
             return read_spec(path / render.SPEC_FILE)
         names = render.overlay_names()
         if text not in names:
-            raise ToolError(f"SPEC: {text!r} is neither a YAML file nor an overlay; there are {', '.join(names)}")
+            raise ToolError(f"SPEC: {text!r} is neither a YAML file nor an overlay; {_known(text, names)}")
         return render.overlay_spec(text)
     except SpecError as error:
         raise ToolError(str(error)) from None
+
+
+def _known(text: str, names: list[str]) -> str:
+    """What there is instead of an overlay that there is not. names: of overlays."""
+    if not names:
+        return "this installation brings no overlays: name a spec's YAML file, or run in a checkout"
+    if Path(text).name in names:  # as a path in a checkout, from elsewhere
+        return f"{Path(text).name} is one by its name alone"
+    folder = render.ROOT / "overlays"
+    return f"there are {', '.join(names)}. One of your own: copy {folder}/NAME/{render.SPEC_FILE}, and name the file"
 
 
 def objects_of(spec: ServingSpec) -> list[Object]:

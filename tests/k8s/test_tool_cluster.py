@@ -8,12 +8,14 @@ import time
 
 import pytest
 
-from k8s.tool import exits
+from k8s import render
+from k8s.tool import exits, main
 from k8s.tool.cluster import connect
 from k8s.tool.exits import ApiError, DeadlineError
 from k8s.tool.inside import page, run_in
 from k8s.tool.kinds import CONFIG_MAP, POD, RAY_SERVICE, SERVICE
 from k8s.tool.mirror import Mirror
+from k8s.tool.specs import find_spec
 from tests.k8s.cluster_fixture import World, running, world
 
 __all__ = ["running", "world"]
@@ -76,7 +78,81 @@ def test_a_server_that_is_not_there_is_named(world: World) -> None:
 def test_no_kubeconfig_is_an_error_of_its_own(world: World) -> None:
     code, text = world.run("plan", "dev-cpu", "--kubeconfig", str(world.folder / "absent"))
     assert code == exits.ERROR
-    assert "no cluster to talk to" in text
+    assert f"there is no file {world.folder / 'absent'}" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [b\n", "is no kubeconfig: while parsing a flow sequence"),
+        ("hello", "is no kubeconfig"),
+        ("", "is empty"),
+        ("apiVersion: v1\nkind: Config\n", "Expected key current-context"),
+    ],
+)
+def test_a_kubeconfig_that_is_none_is_told_in_a_line(world: World, text: str, said: str) -> None:
+    path = world.folder / "bad"
+    path.write_text(text)
+    code, printed = world.run("status", "--kubeconfig", str(path))
+    assert (code, printed.count("\n")) == (exits.ERROR, 1)
+    assert printed.startswith("error: ")
+    assert said in printed
+
+
+def test_a_wrong_context_never_ends_in_the_pod_s_own_cluster(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kubernetes import config
+
+    asked: list[object] = []
+    monkeypatch.setattr(config, "load_incluster_config", lambda **values: asked.append(values))
+    code, text = world.run("status", "--context", "nope")
+    assert code == exits.ERROR
+    assert "Expected object with name nope" in text
+    assert asked == []
+    monkeypatch.setenv("KUBECONFIG", "")
+    monkeypatch.setenv("HOME", str(world.folder))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(world.folder / "absent"))
+    connect(None, None, 1.0).close()
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("text", ["nowhere/spec.yaml", "broken.yaml", "nope", "elsewhere/prod-h100-tp8"])
+def test_a_spec_that_is_none_is_told_in_a_line(world: World, text: str) -> None:
+    (world.folder / "broken.yaml").write_text("a: [b\n")
+    said = {
+        "nowhere/spec.yaml": "No such file",
+        "broken.yaml": "not YAML",
+        "nope": f"there are {', '.join(render.overlay_names())}. One of your own: copy {render.ROOT}/overlays/NAME",
+        "elsewhere/prod-h100-tp8": "prod-h100-tp8 is one by its name alone",
+    }[text]
+    code, printed = world.run("render", str(world.folder / text) if "." in text else text)
+    assert (code, printed.count("\n")) == (exits.ERROR, 1)
+    assert said in printed
+
+
+def test_an_installation_without_overlays_says_what_to_do(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "ROOT", world.folder)
+    code, printed = world.run("render", "dev-cpu")
+    assert code == exits.ERROR
+    assert "brings no overlays: name a spec's YAML file, or run in a checkout" in printed
+
+
+def test_overlays_are_found_by_path_by_name_and_by_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    folder = render.ROOT / "overlays" / "dev-cpu"
+    assert find_spec("dev-cpu") == find_spec(str(folder)) == find_spec(str(folder / "spec.yaml"))
+
+
+def test_wrong_usage_names_the_help_that_there_is(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in ((["bogus"], "`argosy k8s --help`"), (["plan"], "`argosy k8s plan --help`")):
+        assert main.main(arguments) == exits.ERROR
+        assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named(world: World) -> None:
+    (world.folder / "file").write_text("")
+    code, text = world.run("render", "dev-cpu", "--out", str(world.folder / "file" / "x"))
+    assert code == exits.ERROR
+    assert "error: --out: " in text
 
 
 def test_long_lists_come_in_pages_and_begin_anew_when_a_page_expires(world: World) -> None:
