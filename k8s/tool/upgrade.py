@@ -1,13 +1,14 @@
 """What a changed RayService makes KubeRay do: nothing, an update in place, a second cluster, or nothing it should.
 
 KubeRay compares `rayClusterConfig` by a hash of its JSON with the annotation of the cluster that it would replace: the
-pending one, else the active one. Read in ray-project/kuberay, ray-operator/controllers/ray/, at commit 0110627 (after
-1.6.0, before 1.7.0, of which no copy was at hand):
+pending one, else the active one. Read in ray-project/kuberay, ray-operator/controllers/ray/rayservice_controller.go at
+commit 0110627, which is older than 1.7.0 (no copy of that was at hand); of the hash's newest form, in utils/util.go,
+only what pull request 4751 quotes:
 
-- rayservice_controller.go: shouldPrepareNewCluster, shouldUpdateCluster, isClusterSpecHashEqual, reconcileServe. The
-  hash leaves out `replicas`, `minReplicas`, `maxReplicas` and `scaleStrategy` (whose one field is `workersToDelete`)
-  of a worker group, the cluster's own `upgradeStrategy` and, since pull request 4569, `tolerations` and
-  `schedulingGates` of every pod template. All else is in it: `suspend`, `idleTimeoutSeconds`, `numOfHosts`, the
+- shouldPrepareNewCluster, shouldUpdateCluster, isClusterSpecHashEqual, reconcileServe. The hash leaves out `replicas`,
+  `minReplicas`, `maxReplicas` and `scaleStrategy` (whose one field is `workersToDelete`) of a worker group, the
+  cluster's own `upgradeStrategy` and, since pull request 4569, `tolerations` and `schedulingGates` of every pod
+  template. All else is in it: `suspend`, `idleTimeoutSeconds`, `numOfHosts`, the
   autoscaler's options, the order of lists, a field that is gone. Groups added at the end come to the running cluster.
 - The service's own `upgradeStrategy` is in no hash: turning it from None to NewCluster rolls out what waits by then.
 - With None a changed cluster stays as it is, and Serve's config still reaches it.
