@@ -22,6 +22,7 @@ from k8s.tool.kinds import POD, RAY_CLUSTER, RAY_SERVICE, SECRET, kind_of, title
 from k8s.tool.leftovers import prune
 from k8s.tool.mirror import Mirror
 from k8s.tool.plan import DELETE, Plan, make_plan
+from k8s.tool.plan_report import gpus
 from k8s.tool.progress import Progress
 from k8s.tool.revisions import (
     FAILED,
@@ -74,8 +75,9 @@ def deploy(cluster: Cluster, spec: ServingSpec, options: Options, progress: Prog
     revisions = _history(cluster, spec, options)
     previous = revisions[0].manifest if revisions else []
     plan = make_plan(cluster, spec, things, previous, forces_conflicts=options.forces_conflicts)
-    check(plan, options)
     progress.tell("plan", f"{plan.upgrade.kind}: {plan.upgrade.explained}", upgrade=plan.upgrade.kind)
+    progress.tell("gpus", gpus(plan.demand), during=plan.demand.gpus_during)
+    check(plan, options)
     for warning in plan.warnings:
         progress.tell("warning", warning)
     return Deployment(cluster, spec, options, progress).run(things, plan, revisions)

@@ -232,7 +232,10 @@ def test_an_image_comes_to_a_production_overlay_by_the_runbook(world: World, ove
         for text in found["warnings"]
     ), found["warnings"]
     assert world.deploy(spec(2))[0] == exits.REFUSED
-    assert world.deploy(spec(2, upgrade="new-cluster"))[0] == exits.REFUSED
+    code, text = world.deploy(spec(2, upgrade="new-cluster"))
+    assert code == exits.REFUSED
+    assert "new cluster: a second, whole cluster" in text
+    assert f"GPUs: {8 * num_pods} now, {16 * num_pods} during the change, {8 * num_pods} after it" in text
     assert world.deploy(spec(2), "--recreate")[0] == exits.DONE
     assert image_of_cluster(world).endswith("2")
 
