@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from k8s import autoscale, balloons, engine, gateway, gcs, gpu_health, loadtest, monitoring, policy, weights_pvc
+from k8s import (
+    autoscale,
+    balloons,
+    engine,
+    gateway,
+    gateway_api,
+    gcs,
+    gpu_health,
+    loadtest,
+    monitoring,
+    policy,
+    weights_pvc,
+)
 from k8s.objects import Object
 from k8s.patches import Key, keyed
 from k8s.sizing import Sizing
@@ -29,6 +41,7 @@ COMPONENTS: Final[dict[str, Alteration]] = {
     "balloons": balloons.alter,  # copies what a worker asks for
     "gpu-health": gpu_health.alter,
     "loadtest": loadtest.alter,
+    "gateway-api": gateway_api.alter,
 }
 """In the order in which they are applied."""
 

@@ -102,6 +102,8 @@ def external_secrets(spec: ServingSpec) -> dict[str, tuple[tuple[str, ...], bool
         hub_secret(spec): (("token",), True),
         operator_secret(spec): (("token",), True),
     }
+    if spec.has("gateway-api") and spec.cluster.gateway_certificate:
+        found[spec.cluster.gateway_certificate] = (("tls.crt", "tls.key"), False)
     if spec.images.pull_secret:
         found[spec.images.pull_secret] = ((".dockerconfigjson",), False)
     return found

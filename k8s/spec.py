@@ -17,12 +17,21 @@ import yaml
 
 from k8s.amounts import parse_bytes
 
-COMPONENTS: Final = ("autoscale-ray", "balloons", "gcs-rocksdb", "gpu-health", "loadtest", "weights-pvc")
+COMPONENTS: Final = (
+    "autoscale-ray",
+    "balloons",
+    "gateway-api",
+    "gcs-rocksdb",
+    "gpu-health",
+    "loadtest",
+    "weights-pvc",
+)
 NO_DIGEST: Final = "sha256:" + "0" * 64
 """Stands where an operator's own digest belongs: no registry holds it, so it can start nothing by accident."""
 
 _NAME: Final = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 _NAMESPACE: Final = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_HOSTNAME: Final = r"(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 _IMAGE: Final = r"[a-z0-9][a-z0-9._/:-]*(@sha256:[0-9a-f]{64})?"
 
 
@@ -126,6 +135,13 @@ class Cluster:
     shared_storage_class: str = _text(pattern=f"({_NAMESPACE})?", says='one with ReadWriteMany; "" = the default')
     dns_cidr: str = _text(pattern=r"(\d+\.\d+\.\d+\.\d+/\d+)?", says='an IPv4 range; "" = kube-dns alone')
     api_server_cidr: str = _text("0.0.0.0/0", pattern=r"\d+\.\d+\.\d+\.\d+/\d+", says="an IPv4 range")
+    # With the component gateway-api; `ingress_namespace` is where its class runs the pods that carry requests.
+    gateway_class: str = _text(pattern=f"({_NAMESPACE})?", says='a GatewayClass; "" = a Gateway that is there')
+    gateway_name: str = _text("edge", pattern=_NAMESPACE, says="the name of a Gateway")
+    gateway_namespace: str = _text(pattern=f"({_NAMESPACE})?", says='a namespace; "" = ingress_namespace')
+    gateway_listener: str = _text(pattern=f"({_NAMESPACE})?", says='a listener of that Gateway; "" = each')
+    gateway_certificate: str = _text(pattern=f"({_NAMESPACE})?", says='a TLS Secret of ours; "" = plain HTTP')
+    hostname: str = _text(pattern=f"({_HOSTNAME})?", says='a host name; "" = any that the listener takes')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,12 +317,30 @@ def _check_relations(spec: ServingSpec) -> None:
         raise SpecError("components: gpu-health needs engine.device cuda")
     if engine.min_replicas == 0 and not spec.has("gcs-rocksdb"):
         raise SpecError("engine.min_replicas: 0 needs the component gcs-rocksdb: a restarted head must know the model")
+    if spec.has("gateway-api"):
+        _check_gateway_api(spec)
     if spec.is_prod:
         for key in ("gateway", "engine"):
             if "@sha256:" not in getattr(spec.images, key):
                 raise SpecError(f"images.{key}: {getattr(spec.images, key)!r} names no digest, as production must")
         if gateway.min_replicas < 2:
             raise SpecError(f"gateway.min_replicas: {gateway.min_replicas} is below 2, and production outlives a node")
+
+
+def _check_gateway_api(spec: ServingSpec) -> None:
+    cluster = spec.cluster
+    for key in ("gateway_namespace", "gateway_listener"):
+        if cluster.gateway_class and getattr(cluster, key):
+            raise SpecError(f"cluster.{key}: of a Gateway that is there, and gateway_class asks for one of our own")
+    if cluster.gateway_certificate and not cluster.gateway_class:
+        raise SpecError("cluster.gateway_certificate: needs gateway_class; a Gateway that is there has its own")
+    if cluster.gateway_class and spec.is_prod and not cluster.gateway_certificate:
+        raise SpecError("cluster.gateway_certificate: needed, as production sends no key of an account in plain HTTP")
+    if cluster.ingress_namespace == spec.namespace:
+        raise SpecError(
+            f"cluster.ingress_namespace: {spec.namespace!r} is our own, where nothing but our pods may talk; "
+            "the component gateway-api needs a class whose pods run elsewhere"
+        )
 
 
 def _check_gpus(engine: Engine) -> None:

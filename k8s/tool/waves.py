@@ -25,7 +25,14 @@ _POLICY_KINDS: Final = (
     "NetworkPolicy",
 )
 _CONFIG_KINDS: Final = ("ConfigMap", "Secret", "PersistentVolumeClaim")
-_GATEWAY_KINDS: Final = ("Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget")
+_GATEWAY_KINDS: Final = (
+    "Deployment",
+    "Service",
+    "HorizontalPodAutoscaler",
+    "PodDisruptionBudget",
+    "Gateway",
+    "HTTPRoute",
+)
 
 
 def wave_of(thing: Object) -> str:

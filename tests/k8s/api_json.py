@@ -36,6 +36,8 @@ PLURALS = {
     "RayService": "ray.io/v1/rayservices",
     "RayCluster": "ray.io/v1/rayclusters",
     "ScaledObject": "keda.sh/v1alpha1/scaledobjects",
+    "Gateway": "gateway.networking.k8s.io/v1/gateways",
+    "HTTPRoute": "gateway.networking.k8s.io/v1/httproutes",
     "ServiceMonitor": "monitoring.coreos.com/v1/servicemonitors",
     "PodMonitor": "monitoring.coreos.com/v1/podmonitors",
     "PrometheusRule": "monitoring.coreos.com/v1/prometheusrules",

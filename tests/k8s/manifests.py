@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from k8s.spec import ServingSpec
 ROOT = Path(__file__).parent.parent.parent
 CRDS = ROOT.parent / "shared" / "crds"
 OVERLAYS = render.overlay_names()
+EDGES = ("edge-route", "edge-all")
+"""Specs that nobody committed, with what stands at a deployment's edge; every invariant holds of them too."""
 KUBECTL = Path(sys.executable).parent / "kubectl"
 
 
@@ -30,6 +34,36 @@ def kustomize(folder: Path) -> str:
     ran = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
+
+
+def printed(spec: ServingSpec) -> dict[Key, Object]:
+    """What kustomize prints for the overlay of a spec, rendered beside a copy of the committed base and components."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for part in ("base", "components"):
+            shutil.copytree(render.ROOT / part, root / part)
+        for path, text in render.render_overlay(spec, "overlays/x").items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(text, encoding="utf-8")
+        return keyed(yaml.load_all(kustomize(root / "overlays" / "x"), yaml.CSafeLoader))
+
+
+def spec_named(name: str) -> ServingSpec:
+    """Of an overlay, or of one of EDGES: a component alone on the smallest deployment, and all on a large one."""
+    replace = dataclasses.replace
+    if name == "edge-route":
+        return replace(render.overlay_spec("dev-cpu"), components=("gateway-api",))
+    if name == "edge-all":
+        large = render.overlay_spec("prod-h100-tp8")
+        cluster = replace(
+            large.cluster,
+            ingress_namespace="envoy-gateway-system",
+            gateway_class="envoy",
+            gateway_certificate="argosy-tls",
+            hostname="llm.example.com",
+        )
+        return replace(large, cluster=cluster, components=(*large.components, "gateway-api"))
+    return render.overlay_spec(name)
 
 
 @dataclasses.dataclass
@@ -59,7 +93,7 @@ class Pod:
 
 @dataclasses.dataclass
 class Manifests:
-    """The objects of an overlay; tests break copies of it."""
+    """The objects of an overlay, or of one of EDGES; tests break copies of it."""
 
     spec: ServingSpec
     objects: dict[Key, Object]
@@ -142,8 +176,10 @@ class Manifests:
 
 @functools.cache
 def _loaded(overlay: str) -> Manifests:
-    objects = keyed(yaml.load_all(kustomize(render.ROOT / "overlays" / overlay), yaml.CSafeLoader))
-    return Manifests(render.overlay_spec(overlay), objects)
+    spec = spec_named(overlay)
+    if overlay in EDGES:
+        return Manifests(spec, printed(spec))
+    return Manifests(spec, keyed(yaml.load_all(kustomize(render.ROOT / "overlays" / overlay), yaml.CSafeLoader)))
 
 
 def manifests(overlay: str) -> Manifests:

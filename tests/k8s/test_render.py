@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from k8s import deployment, render
-from k8s.patches import keyed
 from k8s.spec import COMPONENTS, ServingSpec, spec_from
-from tests.k8s.manifests import OVERLAYS, ROOT, kustomize, manifests
+from tests.k8s.manifests import EDGES, OVERLAYS, ROOT, manifests, printed, spec_named
 
 
 def test_render_and_commit_are_the_same() -> None:
@@ -24,10 +22,10 @@ def test_render_and_commit_are_the_same() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_kustomize_prints_exactly_the_objects_of_the_spec(overlay: str) -> None:
-    printed = manifests(overlay).objects
+    found = manifests(overlay).objects
     wanted = deployment.objects(render.overlay_spec(overlay))
-    assert printed.keys() == wanted.keys()
-    assert not [key for key in wanted if printed[key] != wanted[key]]
+    assert found.keys() == wanted.keys()
+    assert not [key for key in wanted if found[key] != wanted[key]]
 
 
 def variants() -> dict[str, ServingSpec]:
@@ -42,6 +40,7 @@ def variants() -> dict[str, ServingSpec]:
     found["other-namespace"] = replace(large, namespace="models")
     found["other-name"] = replace(small, name="llm", namespace="llm")
     found["a-cache-of-names"] = replace(small, cluster=replace(small.cluster, dns_cidr="169.254.20.10/32"))
+    found |= {name: spec_named(name) for name in EDGES}
     found["pulls-with-a-secret"] = replace(large, images=replace(large.images, pull_secret="registry"))
     return found
 
@@ -54,20 +53,14 @@ def _without(spec: ServingSpec, name: str) -> ServingSpec:
 
 
 @pytest.mark.parametrize("name", variants())
-def test_any_spec_becomes_an_overlay_that_says_the_same(name: str, tmp_path: Path) -> None:
+def test_any_spec_becomes_an_overlay_that_says_the_same(name: str) -> None:
     spec = variants()[name]
-    for folder in ("base", "components"):
-        shutil.copytree(render.ROOT / folder, tmp_path / folder)
-    for path, text in render.render_overlay(spec, "overlays/x").items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    printed = keyed(yaml.safe_load_all(kustomize(tmp_path / "overlays" / "x")))
-    assert printed == deployment.objects(spec)
+    assert printed(spec) == deployment.objects(spec)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_every_component_is_used_and_changes_something(component: str) -> None:
-    assert any(render.overlay_spec(name).has(component) for name in OVERLAYS)
+    assert any(spec_named(name).has(component) for name in (*OVERLAYS, *EDGES))
     made = render.component_change(component)
     assert made.added or made.patched
     assert (ROOT / "k8s" / "components" / component / "README.md").is_file()

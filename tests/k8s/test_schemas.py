@@ -12,10 +12,10 @@ import yaml
 
 from k8s.objects import Object
 from tests.k8s import crds
-from tests.k8s.manifests import CRDS, OVERLAYS, ROOT, manifests
+from tests.k8s.manifests import CRDS, EDGES, OVERLAYS, ROOT, manifests
 
 KUBERNETES = "1.36"  # what the manifests are for
-CUSTOM = ("ray.io/", "monitoring.coreos.com/")
+CUSTOM = ("ray.io/", "monitoring.coreos.com/", "gateway.networking.k8s.io/")
 needs_crds = pytest.mark.skipif(not CRDS.is_dir(), reason=f"no schemas of custom resources in {CRDS}")
 
 
@@ -25,8 +25,8 @@ def is_custom(thing: Object) -> bool:
 
 @functools.cache
 def every_object() -> list[Object]:
-    """Of all overlays, each once."""
-    found = {json.dumps(t, sort_keys=True): t for name in OVERLAYS for t in manifests(name).objects.values()}
+    """Of all overlays and EDGES, each once."""
+    found = {json.dumps(t, sort_keys=True): t for name in (*OVERLAYS, *EDGES) for t in manifests(name).objects.values()}
     return list(found.values())
 
 
@@ -63,7 +63,8 @@ def test_an_unknown_field_and_a_wrong_type_are_refused() -> None:
 @needs_crds
 def test_custom_resources_fit_their_schemas() -> None:
     custom = [thing for thing in every_object() if is_custom(thing)]
-    assert {thing["kind"] for thing in custom} == {"RayService", "ServiceMonitor", "PodMonitor", "PrometheusRule"}
+    kinds = {"RayService", "ServiceMonitor", "PodMonitor", "PrometheusRule", "Gateway", "HTTPRoute"}
+    assert {thing["kind"] for thing in custom} == kinds
     assert not [(thing["kind"], text) for thing in custom for text in crds.complaints(thing)]
 
 

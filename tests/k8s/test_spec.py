@@ -13,6 +13,7 @@ from k8s.sizing import Sizing
 from k8s.spec import ServingSpec, SpecError, read_spec, spec_from
 
 CPU: dict[str, Any] = {"engine": {"kv_cache_bytes": "512MiB"}}
+ROUTED: dict[str, Any] = CPU | {"components": ["gateway-api"]}
 GPU: dict[str, Any] = {"device": "cuda", "gpu_memory_bytes": "80GB"}
 
 
@@ -58,6 +59,12 @@ def refused(document: Any, *words: str) -> None:
         ({"engine": GPU | {"tensor_parallel_size": 3}}, ("tensor_parallel_size: 3 does not divide", "8")),
         ({"engine": GPU | {"tensor_parallel_size": 8, "pipeline_parallel_size": 3}, "model": {}}, ()),
         (CPU | {"environment": "prod"}, ("images.gateway", "no digest")),
+        (ROUTED | {"cluster": {"hostname": "LLM.example.com"}}, ("cluster.hostname", "a host name")),
+        (ROUTED | {"cluster": {"gateway_certificate": "tls"}}, ("cluster.gateway_certificate", "gateway_class")),
+        (ROUTED | {"cluster": {"gateway_class": "x", "gateway_listener": "y"}}, ("cluster.gateway_listener",)),
+        (ROUTED | {"cluster": {"gateway_class": "x", "gateway_namespace": "y"}}, ("cluster.gateway_namespace",)),
+        (ROUTED | {"cluster": {"gateway_class": "x"}, "environment": "prod"}, ("gateway_certificate", "plain HTTP")),
+        (ROUTED | {"cluster": {"ingress_namespace": "argosy"}}, ("cluster.ingress_namespace: 'argosy' is our own",)),
         (
             {"engine": CPU["engine"] | {"min_replicas": 0}, "components": ["autoscale-ray"]},
             ("engine.min_replicas: 0", "gcs-rocksdb"),

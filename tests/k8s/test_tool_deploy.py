@@ -33,6 +33,21 @@ def test_a_deployment_of_the_smallest_overlay_is_whole_and_then_nothing_is_left_
     assert "Nothing to change" in text
 
 
+def test_the_way_in_is_deployed_and_taken_away_with_its_component(world: World) -> None:
+    cluster = {"gateway_class": "envoy", "gateway_certificate": "argosy-tls"}
+    spec = world.spec_file(components=["gateway-api"], cluster=cluster)
+    code, text = world.run("plan", spec)
+    assert code == exits.CHANGES, text
+    assert "Secret argosy-tls is not there; make it, with tls.crt, tls.key" in text
+    assert world.deploy(spec)[0] == exits.DONE
+    for kind, name in (("Gateway", "argosy-edge"), ("HTTPRoute", "argosy-gateway")):
+        assert world.running.find(kind, name) is not None
+    code, text = world.deploy()
+    assert code == exits.DONE, text
+    for kind, name in (("Gateway", "argosy-edge"), ("HTTPRoute", "argosy-gateway")):
+        assert world.running.find(kind, name) is None
+
+
 def test_render_prints_the_same_bytes_and_valid_yaml(world: World) -> None:
     (code, first), (_, second) = world.run("render", "dev-cpu"), world.run("render", "dev-cpu")
     assert code == exits.DONE
