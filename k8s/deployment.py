@@ -7,6 +7,7 @@ from typing import Final
 
 from k8s import (
     autoscale,
+    autoscale_keda,
     balloons,
     engine,
     gateway,
@@ -42,6 +43,7 @@ COMPONENTS: Final[dict[str, Alteration]] = {
     "gpu-health": gpu_health.alter,
     "loadtest": loadtest.alter,
     "gateway-api": gateway_api.alter,
+    "autoscale-keda": autoscale_keda.alter,
 }
 """In the order in which they are applied."""
 

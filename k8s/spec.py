@@ -18,6 +18,7 @@ import yaml
 from k8s.amounts import parse_bytes
 
 COMPONENTS: Final = (
+    "autoscale-keda",
     "autoscale-ray",
     "balloons",
     "gateway-api",
@@ -32,6 +33,7 @@ NO_DIGEST: Final = "sha256:" + "0" * 64
 _NAME: Final = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 _NAMESPACE: Final = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _HOSTNAME: Final = r"(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+_URL: Final = r"https?://[A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?(:[0-9]{1,5})?(/[\w./-]*)?"
 _IMAGE: Final = r"[a-z0-9][a-z0-9._/:-]*(@sha256:[0-9a-f]{64})?"
 
 
@@ -128,6 +130,8 @@ class Cluster:
     operator_namespace: str = _text("kuberay-system", pattern=_NAMESPACE, says="a namespace")
     has_prometheus_operator: bool = True
     has_pod_metrics: bool = False  # an adapter that serves argosy_connections under custom.metrics.k8s.io
+    # With the component autoscale-keda: where KEDA asks for the gateways' numbers.
+    prometheus_url: str = _text("http://prometheus-operated.monitoring.svc:9090", pattern=_URL, says="a URL")
     gpu_resource: str = _text("nvidia.com/gpu", pattern=r"[a-z0-9.-]+/[a-z0-9.-]+", says="an extended resource")
     gpu_node_label: str = _text("nvidia.com/gpu.present", pattern=r"[\w./-]+", says="the label of nodes with GPUs")
     gpu_product: str = _text(pattern=r"[\w.-]*", says='the value of nvidia.com/gpu.product; "" = any')

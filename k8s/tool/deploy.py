@@ -18,7 +18,7 @@ from k8s.tool.cluster import Cluster
 from k8s.tool.exits import ApiError, Refused, ToolError
 from k8s.tool.fleet import read_fleet
 from k8s.tool.goals import WATCHED, Goal, goals_of, why_not
-from k8s.tool.kinds import POD, RAY_CLUSTER, RAY_SERVICE, SECRET, kind_of, title
+from k8s.tool.kinds import AUTOSCALER, POD, RAY_CLUSTER, RAY_SERVICE, SCALED_OBJECT, SECRET, kind_of, title
 from k8s.tool.mirror import Mirror
 from k8s.tool.plan import DELETE, KEPT_KINDS, Plan, make_plan
 from k8s.tool.progress import Progress
@@ -103,6 +103,8 @@ class Deployment:
         progress.tell("revision", f"revision {revision.number}", number=revision.number)
         try:
             self._make_secret()
+            if any(thing["kind"] == SCALED_OBJECT.name for thing in things):
+                self._prune(plan, (AUTOSCALER.name,))  # KEDA refuses what another autoscaler owns
             recreates = self._options.recreates and plan.upgrade.kind == upgrade.NOT_ROLLED_OUT
             self._waves(things, recreates=recreates)
         except (ToolError, KeyboardInterrupt) as error:
@@ -282,9 +284,11 @@ class Deployment:
 
     # --- what is left over --------------------------------------------------------------------
 
-    def _prune(self, plan: Plan) -> None:
-        """Delete what the last revision had and this one has not, unless something that runs still reads it."""
+    def _prune(self, plan: Plan, kinds: Sequence[str] = ()) -> None:
+        """Delete what the last revision had and this one has not, unless something that runs still reads it. kinds:
+        only these."""
         doomed = [change.thing for change in plan.changes if change.action == DELETE]
+        doomed = [thing for thing in doomed if not kinds or thing["kind"] in kinds]
         if not doomed:
             return
         texts = ""
@@ -299,8 +303,8 @@ class Deployment:
             if thing["kind"] in KEPT_KINDS or (thing["kind"] == "ConfigMap" and repr(name) in texts):
                 continue
             try:
-                self._cluster.delete(kind_of(thing), name, thing["metadata"].get("namespace", ""))
-                self._progress.tell("deleted", f"{title(thing)}: the spec no longer has it")
+                if self._cluster.delete(kind_of(thing), name, thing["metadata"].get("namespace", "")):
+                    self._progress.tell("deleted", f"{title(thing)}: the spec no longer has it")
             except ApiError as error:
                 self._progress.tell("warning", f"{title(thing)} is left over: {error}")
 

@@ -29,6 +29,7 @@ _GATEWAY_KINDS: Final = (
     "Deployment",
     "Service",
     "HorizontalPodAutoscaler",
+    "ScaledObject",
     "PodDisruptionBudget",
     "Gateway",
     "HTTPRoute",

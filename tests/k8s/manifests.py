@@ -24,7 +24,7 @@ from k8s.spec import ServingSpec
 ROOT = Path(__file__).parent.parent.parent
 CRDS = ROOT.parent / "shared" / "crds"
 OVERLAYS = render.overlay_names()
-EDGES = ("edge-route", "edge-all")
+EDGES = ("edge-route", "edge-keda", "edge-all")
 """Specs that nobody committed, with what stands at a deployment's edge; every invariant holds of them too."""
 KUBECTL = Path(sys.executable).parent / "kubectl"
 
@@ -53,6 +53,9 @@ def spec_named(name: str) -> ServingSpec:
     replace = dataclasses.replace
     if name == "edge-route":
         return replace(render.overlay_spec("dev-cpu"), components=("gateway-api",))
+    if name == "edge-keda":
+        small = render.overlay_spec("dev-cpu")
+        return replace(small, components=("autoscale-keda",), gateway=replace(small.gateway, max_replicas=3))
     if name == "edge-all":
         large = render.overlay_spec("prod-h100-tp8")
         cluster = replace(
@@ -62,7 +65,7 @@ def spec_named(name: str) -> ServingSpec:
             gateway_certificate="argosy-tls",
             hostname="llm.example.com",
         )
-        return replace(large, cluster=cluster, components=(*large.components, "gateway-api"))
+        return replace(large, cluster=cluster, components=(*large.components, "autoscale-keda", "gateway-api"))
     return render.overlay_spec(name)
 
 

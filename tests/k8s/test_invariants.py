@@ -6,6 +6,7 @@ import pytest
 
 import tests.k8s.invariants_of_capacity
 import tests.k8s.invariants_of_edge
+import tests.k8s.invariants_of_keda
 import tests.k8s.invariants_of_network
 import tests.k8s.invariants_of_pods
 import tests.k8s.invariants_of_references

@@ -15,7 +15,7 @@ from tests.k8s import crds
 from tests.k8s.manifests import CRDS, EDGES, OVERLAYS, ROOT, manifests
 
 KUBERNETES = "1.36"  # what the manifests are for
-CUSTOM = ("ray.io/", "monitoring.coreos.com/", "gateway.networking.k8s.io/")
+CUSTOM = ("ray.io/", "monitoring.coreos.com/", "gateway.networking.k8s.io/", "keda.sh/")
 needs_crds = pytest.mark.skipif(not CRDS.is_dir(), reason=f"no schemas of custom resources in {CRDS}")
 
 
@@ -63,7 +63,7 @@ def test_an_unknown_field_and_a_wrong_type_are_refused() -> None:
 @needs_crds
 def test_custom_resources_fit_their_schemas() -> None:
     custom = [thing for thing in every_object() if is_custom(thing)]
-    kinds = {"RayService", "ServiceMonitor", "PodMonitor", "PrometheusRule", "Gateway", "HTTPRoute"}
+    kinds = {"RayService", "ServiceMonitor", "PodMonitor", "PrometheusRule", "Gateway", "HTTPRoute", "ScaledObject"}
     assert {thing["kind"] for thing in custom} == kinds
     assert not [(thing["kind"], text) for thing in custom for text in crds.complaints(thing)]
 

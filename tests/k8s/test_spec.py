@@ -64,6 +64,8 @@ def refused(document: Any, *words: str) -> None:
         (ROUTED | {"cluster": {"gateway_class": "x", "gateway_listener": "y"}}, ("cluster.gateway_listener",)),
         (ROUTED | {"cluster": {"gateway_class": "x", "gateway_namespace": "y"}}, ("cluster.gateway_namespace",)),
         (ROUTED | {"cluster": {"gateway_class": "x"}, "environment": "prod"}, ("gateway_certificate", "plain HTTP")),
+        (CPU | {"cluster": {"prometheus_url": "prometheus:9090"}}, ("cluster.prometheus_url", "a URL")),
+        (CPU | {"cluster": {"prometheus_url": "http://-/"}}, ("cluster.prometheus_url", "a URL")),
         (ROUTED | {"cluster": {"ingress_namespace": "argosy"}}, ("cluster.ingress_namespace: 'argosy' is our own",)),
         (
             {"engine": CPU["engine"] | {"min_replicas": 0}, "components": ["autoscale-ray"]},

@@ -48,6 +48,21 @@ def test_the_way_in_is_deployed_and_taken_away_with_its_component(world: World) 
         assert world.running.find(kind, name) is None
 
 
+def test_one_autoscaler_goes_before_the_other_comes(world: World) -> None:
+    """KEDA's admission refuses a ScaledObject for a Deployment that another HPA scales."""
+    assert world.deploy(world.spec_file(gateway={"max_replicas": 3}))[0] == exits.DONE
+    assert world.running.find("HorizontalPodAutoscaler", "argosy-gateway") is not None
+    spec = world.spec_file(gateway={"max_replicas": 3}, components=["autoscale-keda"])
+    code, text = world.deploy(spec)
+    assert code == exits.DONE, text
+    calls = [call for call in world.running.state.calls if "dryRun" not in call]
+    gone = next(i for i, call in enumerate(calls) if call.startswith("DELETE") and "horizontalpod" in call)
+    came = next(i for i, call in enumerate(calls) if call.startswith("PATCH") and "scaledobjects" in call)
+    assert gone < came
+    assert text.count("HorizontalPodAutoscaler argosy-gateway: the spec no longer has it") == 1
+    assert world.running.find("HorizontalPodAutoscaler", "argosy-gateway") is None
+
+
 def test_render_prints_the_same_bytes_and_valid_yaml(world: World) -> None:
     (code, first), (_, second) = world.run("render", "dev-cpu"), world.run("render", "dev-cpu")
     assert code == exits.DONE
