@@ -61,7 +61,7 @@ def test_any_spec_becomes_an_overlay_that_says_the_same(name: str, tmp_path: Pat
     for path, text in render.render_overlay(spec, "overlays/x").items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    printed = keyed(yaml.safe_load_all(kustomize(tmp_path / "overlays" / "x")))
+    printed = keyed(yaml.load_all(kustomize(tmp_path / "overlays" / "x"), yaml.CSafeLoader))
     assert printed == deployment.objects(spec)
 
 
