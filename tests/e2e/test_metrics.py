@@ -129,7 +129,7 @@ def test_prometheus_scrapes_it_and_evaluates_the_rules(service: Service, tmp_pat
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules))
     job = {"job_name": "argosy", "static_configs": [{"targets": [f"127.0.0.1:{service.port}"]}]}
     config = {
-        "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
         "rule_files": ["rules.yaml"],
         "scrape_configs": [job | {"sample_limit": 20_000, "label_limit": 8}],
     }
@@ -154,7 +154,7 @@ def test_prometheus_scrapes_it_and_evaluates_the_rules(service: Service, tmp_pat
         raise
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=10)
+        process.wait(timeout=30)
 
 
 def _scraped(service: Service, prometheus: httpx.Client) -> None:
@@ -167,7 +167,7 @@ def _scraped(service: Service, prometheus: httpx.Client) -> None:
         result: list[dict[str, Any]] = reply["data"]["result"]
         return result
 
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     wanted = ("argosy:ttft_seconds:p95", "argosy:hardware_fraction:5m", "argosy:failed:ratio_5m")
     while not all(map(ask, wanted)):
         assert time.monotonic() < deadline, {expression: ask(expression) for expression in wanted}
