@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from k8s import autoscale, balloons, engine, gateway, gcs, gpu_health, loadtest, monitoring, policy, weights_pvc
+from k8s import (
+    autoscale,
+    balloons,
+    engine,
+    gateway,
+    gcs,
+    gpu_health,
+    loadtest,
+    monitoring,
+    policy,
+    weights_image,
+    weights_pvc,
+)
 from k8s.objects import Object
 from k8s.patches import Key, keyed
 from k8s.sizing import Sizing
@@ -25,6 +37,7 @@ PARTS: Final = {
 COMPONENTS: Final[dict[str, Alteration]] = {
     "autoscale-ray": autoscale.alter,
     "gcs-rocksdb": gcs.alter,
+    "weights-image": weights_image.alter,
     "weights-pvc": weights_pvc.alter,
     "balloons": balloons.alter,  # copies what a worker asks for
     "gpu-health": gpu_health.alter,

@@ -17,7 +17,15 @@ import yaml
 
 from k8s.amounts import parse_bytes
 
-COMPONENTS: Final = ("autoscale-ray", "balloons", "gcs-rocksdb", "gpu-health", "loadtest", "weights-pvc")
+COMPONENTS: Final = (
+    "autoscale-ray",
+    "balloons",
+    "gcs-rocksdb",
+    "gpu-health",
+    "loadtest",
+    "weights-image",
+    "weights-pvc",
+)
 NO_DIGEST: Final = "sha256:" + "0" * 64
 """Stands where an operator's own digest belongs: no registry holds it, so it can start nothing by accident."""
 
@@ -107,6 +115,7 @@ class Images:
     gateway: str = _text("argosy-gateway:0.1.0", pattern=_IMAGE, says="an image reference")
     engine: str = _text("argosy-engine:0.1.0", pattern=_IMAGE, says="an image reference")
     loadtest: str = _text("argosy-loadtest:0.1.0", pattern=_IMAGE, says="an image reference")
+    weights: str = _text("argosy-weights:0.1.0", pattern=_IMAGE, says="an image reference")  # with weights-image
     pull_secret: str = _text(pattern=f"({_NAMESPACE})?", says="the name of a Secret")
 
 
@@ -165,7 +174,9 @@ class ServingSpec:
     @property
     def placeholder_images(self) -> tuple[str, ...]:
         """Images whose digest nobody has filled in: nothing can be deployed with them."""
-        used = [self.images.gateway, self.images.engine, *([self.images.loadtest] if self.has("loadtest") else [])]
+        used = [self.images.gateway, self.images.engine]
+        used += [self.images.loadtest] if self.has("loadtest") else []
+        used += [self.images.weights] if self.has("weights-image") else []
         return tuple(image for image in used if image.endswith(NO_DIGEST))
 
     def has(self, component: str) -> bool:
@@ -299,10 +310,12 @@ def _check_relations(spec: ServingSpec) -> None:
         raise SpecError("engine.kv_cache_bytes: needed with device cpu, where nothing else bounds the cache")
     if spec.has("gpu-health") and not spec.has_gpus:
         raise SpecError("components: gpu-health needs engine.device cuda")
+    if spec.has("weights-image") and spec.has("weights-pvc"):
+        raise SpecError("components: weights-image and weights-pvc exclude each other: the model has one place")
     if engine.min_replicas == 0 and not spec.has("gcs-rocksdb"):
         raise SpecError("engine.min_replicas: 0 needs the component gcs-rocksdb: a restarted head must know the model")
     if spec.is_prod:
-        for key in ("gateway", "engine"):
+        for key in ("gateway", "engine", *(["weights"] if spec.has("weights-image") else [])):
             if "@sha256:" not in getattr(spec.images, key):
                 raise SpecError(f"images.{key}: {getattr(spec.images, key)!r} names no digest, as production must")
         if gateway.min_replicas < 2:

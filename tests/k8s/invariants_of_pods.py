@@ -14,6 +14,7 @@ from tests.k8s.manifests import Manifests
 RESTRICTED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "runAsNonRoot": True}
 NCCL_MI = 512
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+VOLUMES |= {"image"}  # since Kubernetes 1.33 (kubernetes #130394)
 """What the `restricted` profile lets a pod mount."""
 
 
@@ -87,14 +88,15 @@ def pods_are_restricted(m: Manifests) -> Iterator[str]:
 )
 def images_are_named_exactly(m: Manifests) -> Iterator[str]:
     for pod in m.pods():
-        for container in pod.containers():
-            image = container["image"]
+        images = {container["name"]: container["image"] for container in pod.containers()}
+        images |= {v["name"]: v["image"]["reference"] for v in pod.spec.get("volumes", []) if "image" in v}
+        for name, image in images.items():
             tag = image.partition("@")[0].rpartition("/")[2].partition(":")[2]
             digest = re.search(r"@sha256:[0-9a-f]{64}$", image)
             if tag == "latest" or not (tag or digest):
-                yield f"{pod.owner}/{container['name']}: {image} may be anything"
+                yield f"{pod.owner}/{name}: {image} may be anything"
             if m.spec.is_prod and not digest:
-                yield f"{pod.owner}/{container['name']}: {image} names no digest"
+                yield f"{pod.owner}/{name}: {image} names no digest"
 
 
 @invariant(

@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from k8s import deployment, render
-from k8s.patches import keyed
 from k8s.spec import COMPONENTS, ServingSpec, spec_from
-from tests.k8s.manifests import OVERLAYS, ROOT, kustomize, manifests
+from tests.k8s.manifests import OVERLAYS, ROOT, manifests
+from tests.k8s.optional import OPTIONAL, build
 
 
 def test_render_and_commit_are_the_same() -> None:
@@ -36,6 +35,7 @@ def variants() -> dict[str, ServingSpec]:
     replace = dataclasses.replace
     found = {f"only-{name}": replace(small, components=(name,)) for name in COMPONENTS if name != "gpu-health"}
     found |= {f"without-{name}": _without(large, name) for name in COMPONENTS}
+    found |= {f"with-{name}": make() for name, make in OPTIONAL.items()}
     found["other-storage"] = replace(
         large, cluster=replace(large.cluster, storage_class="fast", shared_storage_class="nfs", gpu_product="")
     )
@@ -56,18 +56,13 @@ def _without(spec: ServingSpec, name: str) -> ServingSpec:
 @pytest.mark.parametrize("name", variants())
 def test_any_spec_becomes_an_overlay_that_says_the_same(name: str, tmp_path: Path) -> None:
     spec = variants()[name]
-    for folder in ("base", "components"):
-        shutil.copytree(render.ROOT / folder, tmp_path / folder)
-    for path, text in render.render_overlay(spec, "overlays/x").items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    printed = keyed(yaml.load_all(kustomize(tmp_path / "overlays" / "x"), yaml.CSafeLoader))
-    assert printed == deployment.objects(spec)
+    assert build(spec, tmp_path).objects == deployment.objects(spec)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_every_component_is_used_and_changes_something(component: str) -> None:
-    assert any(render.overlay_spec(name).has(component) for name in OVERLAYS)
+    specs = [*map(render.overlay_spec, OVERLAYS), *(make() for make in OPTIONAL.values())]
+    assert any(spec.has(component) for spec in specs)
     made = render.component_change(component)
     assert made.added or made.patched
     assert (ROOT / "k8s" / "components" / component / "README.md").is_file()

@@ -54,6 +54,7 @@ def refused(document: Any, *words: str) -> None:
         ({"engine": CPU["engine"] | {"max_num_batched_tokens": 8}}, ("max_num_batched_tokens: 8", "max_num_seqs 32")),
         ({"engine": CPU["engine"] | {"max_tokens": 9000}}, ("engine.max_tokens: 9,000", "max_model_len 8,192")),
         (CPU | {"components": ["gpu-health"]}, ("gpu-health", "cuda")),
+        (CPU | {"components": ["weights-pvc", "weights-image"]}, ("weights-image and weights-pvc exclude each other",)),
         ({"engine": GPU | {"tensor_parallel_size": 16}}, ("tensor_parallel_size: 16", "gpus_per_host 8", "one host")),
         ({"engine": GPU | {"tensor_parallel_size": 3}}, ("tensor_parallel_size: 3 does not divide", "8")),
         ({"engine": GPU | {"tensor_parallel_size": 8, "pipeline_parallel_size": 3}, "model": {}}, ()),

@@ -1,0 +1,189 @@
+"""Components of the engine that no overlay has: what holds everywhere holds with them, and what each is there for."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import tests.k8s.test_invariants  # noqa: F401  # registers the invariants
+from k8s import render
+from k8s.images.recipe import Recipe
+from k8s.objects import WORKER, Object
+from k8s.patches import Key
+from k8s.settings import model_dir
+from k8s.sizing import Sizing
+from k8s.spec import ServingSpec, SpecError, spec_from
+from k8s.tool.deploy import default_timeout_s
+from tests.k8s import crds
+from tests.k8s.invariants import INVARIANTS
+from tests.k8s.manifests import Manifests
+from tests.k8s.optional import OPTIONAL, WEIGHTS, build, changed
+from tests.k8s.test_schemas import is_custom, needs_crds, refusal
+
+Built = Callable[[str], Manifests]
+every_spec = pytest.mark.parametrize("name", OPTIONAL)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Name -> what kustomize prints, as a copy that the caller may break."""
+    known: dict[str, Manifests] = {}
+
+    def made(name: str) -> Manifests:
+        if name not in known:
+            known[name] = build(OPTIONAL[name](), tmp_path_factory.mktemp(name))
+        return Manifests(known[name].spec, copy.deepcopy(known[name].objects))
+
+    return made
+
+
+@every_spec
+def test_everything_holds(name: str, built: Built) -> None:
+    m = built(name)
+    complaints = [f"{invariant.name}: {text}" for invariant in INVARIANTS for text in invariant.check(m)]
+    assert not complaints, "\n".join(complaints)
+
+
+@every_spec
+def test_core_objects_and_pods_fit_their_schemas(name: str, built: Built) -> None:
+    m = built(name)
+    things = [thing for thing in m.objects.values() if not is_custom(thing)]
+    things += [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod.spec} for pod in m.pods()]
+    assert not [text for thing in things if (text := refusal(thing))]
+
+
+@needs_crds
+@every_spec
+def test_custom_resources_fit_their_schemas(name: str, built: Built) -> None:
+    custom = [thing for thing in built(name).objects.values() if is_custom(thing)]
+    assert any(thing["kind"] == "RayService" for thing in custom)
+    assert not [(thing["kind"], text) for thing in custom for text in crds.complaints(thing)]
+
+
+# --- weights-image ------------------------------------------------------------------------------
+
+
+def the_model_comes_in_its_image(m: Manifests) -> Iterator[str]:
+    """And in nothing else: whoever could fetch it has neither a way out nor a token."""
+    from models.store.pull import resolve
+
+    pod = m.pod(WORKER)
+    read = Path(m.serve["applications"][1]["args"]["engine"]["model_dir"])
+    volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
+    mounts = [mount for mount in m.container(WORKER)["volumeMounts"] if "image" in volumes[mount["name"]]]
+    images = [volume["image"] for volume in volumes.values() if "image" in volume]
+    if images != [{"pullPolicy": "IfNotPresent", "reference": m.spec.images.weights}]:
+        yield f"the pod mounts the images {images}"
+    if [resolve(m.spec.model.source, Path(mount["mountPath"])) for mount in mounts] != [read]:
+        yield f"{read} is not the model's folder in the image at {[mount['mountPath'] for mount in mounts]}"
+    if not all(mount.get("readOnly") for mount in mounts):
+        yield "the mount is not read-only"
+    if pod.spec.get("initContainers"):
+        yield "something runs before the engine"
+    if left := {"hub-secret", "model"} & volumes.keys():
+        yield f"volumes that only a pull reads: {sorted(left)}"
+    for key in m.objects:
+        if key[1] == "NetworkPolicy" and key[2].endswith("-fetch"):
+            yield "a policy lets pods out to hubs"
+        if key[1] in ("Job", "PersistentVolumeClaim") and "weights" in key[2] + str(m.objects[key]["metadata"]):
+            yield f"{key[1]} {key[2]} brings the model, too"
+
+
+def _volume(m: Manifests) -> Object:
+    [volume] = [volume for volume in m.pod(WORKER).spec["volumes"] if volume["name"] == "models"]
+    return volume
+
+
+def _mount(m: Manifests) -> Object:
+    [mount] = [mount for mount in m.container(WORKER)["volumeMounts"] if mount["name"] == "models"]
+    return mount
+
+
+@pytest.mark.parametrize("name", ["weights-image", "weights-image-on-a-cpu"])
+def test_the_model_comes_in_its_image(name: str, built: Built) -> None:
+    assert not list(the_model_comes_in_its_image(built(name)))
+
+
+@pytest.mark.parametrize("overlay", ["dev-cpu", "prod-h100-tp8"])
+def test_without_the_component_it_does_not(overlay: str, tmp_path: Path) -> None:
+    found = list(the_model_comes_in_its_image(build(changed(overlay), tmp_path)))
+    assert len(found) >= 3, found
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda m: _volume(m).update(image={"reference": "other:1"}),
+        lambda m: (_volume(m).pop("image"), _volume(m).update(emptyDir={})),
+        lambda m: _mount(m).update(mountPath="/model"),
+        lambda m: _mount(m).pop("readOnly"),
+        lambda m: m.alter_serve(lambda d: d["applications"][1]["args"]["engine"].update(model_dir="/models/x")),
+        lambda m: m.pod(WORKER).spec.update(initContainers=[{"name": "fetch-weights"}]),
+        lambda m: m.pod(WORKER).spec["volumes"].append({"name": "hub-secret", "secret": {"secretName": "argosy-hub"}}),
+        lambda m: m.objects.update({_fetch_key(m): {"spec": {"podSelector": {}, "policyTypes": ["Egress"]}}}),
+    ],
+)
+def test_a_broken_copy_is_noticed(break_it: Callable[[Manifests], object], built: Built) -> None:
+    m = built("weights-image")
+    break_it(m)
+    assert list(the_model_comes_in_its_image(m))
+
+
+def _fetch_key(m: Manifests) -> Key:
+    return "networking.k8s.io/v1", "NetworkPolicy", f"{m.spec.name}-fetch"
+
+
+def test_no_probe_waits_for_the_pull_and_a_deployment_does(built: Built) -> None:
+    def with_network(num_bytes: int) -> ServingSpec:
+        spec = OPTIONAL["weights-image"]()
+        return dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, fetch_bytes_per_s=num_bytes))
+
+    probe = built("weights-image").container(WORKER)["startupProbe"]
+    fast, slow = Sizing(with_network(200_000_000)), Sizing(with_network(20_000_000))
+    assert probe["failureThreshold"] == fast.startup_failures == slow.startup_failures
+    assert slow.fetch_s - fast.fetch_s == pytest.approx(fast.spec.model.weights_bytes * (1 / 20e6 - 1 / 200e6))
+    assert default_timeout_s(slow.spec) > default_timeout_s(fast.spec) + 3 * (slow.fetch_s - fast.fetch_s) - 2
+    assert probe["periodSeconds"] * probe["failureThreshold"] < slow.fetch_s
+
+
+def test_an_image_is_named_by_its_digest_and_a_place_holder_is_told() -> None:
+    spec = OPTIONAL["weights-image"]()
+    assert WEIGHTS in spec.placeholder_images
+    assert WEIGHTS not in changed("prod-h100-tp8").placeholder_images
+    with pytest.raises(SpecError, match=r"images\.weights: .*names no digest"):
+        dataclasses.replace(spec, images=dataclasses.replace(spec.images, weights="registry.invalid/weights:1"))
+
+
+def test_the_recipe_makes_an_image_from_which_a_model_is_read(tmp_path: Path) -> None:
+    """The README's command, followed: the tree has the model where the engine looks, and loading writes nothing."""
+    from models.registry import load_model
+    from models.store.manifest import verify, write_manifest
+    from tests.tiny import tiny_llama
+
+    readme = (render.ROOT / "components" / "weights-image" / "README.md").read_text()
+    [source] = re.findall(r"argosy pull (\S+)", readme)
+    [name] = re.findall(r"--build-arg MODEL=(\S+)", readme)
+    [dockerfile] = re.findall(r"-f (\S+)", readme)
+    spec = spec_from({"model": {"source": source}, "engine": {"kv_cache_bytes": "1GiB"}})
+    write_manifest(tiny_llama(tmp_path / "store" / name), "a test", {})
+    (tmp_path / "store" / "other").mkdir()
+    (tmp_path / "scratch").mkdir()
+    recipe = Recipe(render.ROOT.parent / dockerfile, tmp_path / "store", tmp_path / "scratch", {"MODEL": name})
+    root = recipe.build().root
+    assert [path.name for path in root.iterdir()] == [name]
+    folder = root / Path(model_dir(Sizing(spec))).relative_to("/models")
+    for path in (*folder.iterdir(), folder):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+    def state() -> dict[str, tuple[int, int]]:
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in (root, *root.rglob("*"))}
+
+    before = state()
+    verify(folder, deep=True)
+    assert load_model(folder) is not None
+    assert state() == before
