@@ -8,6 +8,7 @@ from typing import Final
 from k8s import (
     autoscale,
     balloons,
+    dra,
     engine,
     gateway,
     gcs,
@@ -39,6 +40,7 @@ COMPONENTS: Final[dict[str, Alteration]] = {
     "gcs-rocksdb": gcs.alter,
     "weights-image": weights_image.alter,
     "weights-pvc": weights_pvc.alter,
+    "dra": dra.alter,
     "balloons": balloons.alter,  # copies what a worker asks for
     "gpu-health": gpu_health.alter,
     "loadtest": loadtest.alter,

@@ -20,17 +20,20 @@ from k8s.amounts import parse_bytes
 COMPONENTS: Final = (
     "autoscale-ray",
     "balloons",
+    "dra",
     "gcs-rocksdb",
     "gpu-health",
     "loadtest",
     "weights-image",
     "weights-pvc",
 )
+MAX_CLAIMED: Final = 32  # AllocationResultsMaxSize of resource.k8s.io/v1
 NO_DIGEST: Final = "sha256:" + "0" * 64
 """Stands where an operator's own digest belongs: no registry holds it, so it can start nothing by accident."""
 
 _NAME: Final = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 _NAMESPACE: Final = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_SUBDOMAIN: Final = r"[a-z0-9]([-a-z0-9.]{0,200}[a-z0-9])?"
 _IMAGE: Final = r"[a-z0-9][a-z0-9._/:-]*(@sha256:[0-9a-f]{64})?"
 
 
@@ -129,6 +132,7 @@ class Cluster:
     has_prometheus_operator: bool = True
     has_pod_metrics: bool = False  # an adapter that serves argosy_connections under custom.metrics.k8s.io
     gpu_resource: str = _text("nvidia.com/gpu", pattern=r"[a-z0-9.-]+/[a-z0-9.-]+", says="an extended resource")
+    device_class: str = _text("gpu.nvidia.com", pattern=_SUBDOMAIN, says="a DeviceClass")  # with the component dra
     gpu_node_label: str = _text("nvidia.com/gpu.present", pattern=r"[\w./-]+", says="the label of nodes with GPUs")
     gpu_product: str = _text(pattern=r"[\w.-]*", says='the value of nvidia.com/gpu.product; "" = any')
     storage_class: str = _text(pattern=f"({_NAMESPACE})?", says='a StorageClass; "" = the default')
@@ -310,6 +314,8 @@ def _check_relations(spec: ServingSpec) -> None:
         raise SpecError("engine.kv_cache_bytes: needed with device cpu, where nothing else bounds the cache")
     if spec.has("gpu-health") and not spec.has_gpus:
         raise SpecError("components: gpu-health needs engine.device cuda")
+    if spec.has("dra"):
+        _check_claims(spec)
     if spec.has("weights-image") and spec.has("weights-pvc"):
         raise SpecError("components: weights-image and weights-pvc exclude each other: the model has one place")
     if engine.min_replicas == 0 and not spec.has("gcs-rocksdb"):
@@ -339,4 +345,23 @@ def _check_gpus(engine: Engine) -> None:
     if num_ranks > engine.gpus_per_host and num_ranks % engine.gpus_per_host:
         raise SpecError(
             f"engine.pipeline_parallel_size: {num_ranks} ranks do not fill whole hosts of {engine.gpus_per_host} GPUs"
+        )
+
+
+def _check_claims(spec: ServingSpec) -> None:
+    if not spec.has_gpus:
+        raise SpecError("components: dra needs engine.device cuda")
+    if spec.has("balloons"):
+        raise SpecError(
+            "components: dra and balloons exclude each other: the scheduler pushes no pod out for the devices that it "
+            "claims, so a balloon would keep a replica's GPUs for ever"
+        )
+    if spec.has("gpu-health"):
+        raise SpecError(
+            "components: dra and gpu-health exclude each other: its guard takes all GPUs of a node by a variable of "
+            "the container runtime, without a claim"
+        )
+    if spec.engine.gpus_per_host > MAX_CLAIMED:
+        raise SpecError(
+            f"engine.gpus_per_host: {spec.engine.gpus_per_host} is above {MAX_CLAIMED}, the most devices of one claim"
         )

@@ -9,6 +9,7 @@ from k8s.amounts import MI, num_bytes_of
 from k8s.objects import BALLOON, GATEWAY, GPU_HEALTH, HEAD, WORKER
 from k8s.yaml_text import content_hash
 from tests.k8s.invariants import invariant
+from tests.k8s.invariants_of_capacity import gpus_of
 from tests.k8s.manifests import Manifests
 
 RESTRICTED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "runAsNonRoot": True}
@@ -108,7 +109,7 @@ def shared_memory_is_large_enough(m: Manifests) -> Iterator[str]:
     for pod in m.pods():
         if not pod.owner.startswith("RayService/"):
             continue
-        gpus = int(pod.spec["containers"][0]["resources"]["limits"].get(m.spec.cluster.gpu_resource, 0))
+        gpus = gpus_of(m, pod)
         mounts = {mount["mountPath"]: mount["name"] for mount in pod.spec["containers"][0]["volumeMounts"]}
         [volume] = [v for v in pod.spec["volumes"] if v["name"] == mounts.get("/dev/shm")] or [{"emptyDir": {}}]
         size = num_bytes_of(volume["emptyDir"].get("sizeLimit", "64Mi"))

@@ -29,6 +29,11 @@ def changed(overlay: str, *added: str, without: tuple[str, ...] = ()) -> Serving
 OPTIONAL: Final[dict[str, Callable[[], ServingSpec]]] = {
     "weights-image": lambda: changed("prod-h100-tp8", "weights-image", without=("weights-pvc",)),
     "weights-image-on-a-cpu": lambda: changed("dev-cpu", "weights-image"),
+    "dra": lambda: changed("prod-multihost-tp8-pp2", "dra", without=("balloons", "gpu-health")),
+    "dra-on-one-gpu": lambda: changed("single-gpu", "dra"),
+    "dra-and-weights-image": lambda: changed(
+        "prod-scale-to-zero", "dra", "weights-image", without=("gpu-health", "weights-pvc")
+    ),
 }
 
 

@@ -15,6 +15,8 @@ from k8s.spec import COMPONENTS, ServingSpec, spec_from
 from tests.k8s.manifests import OVERLAYS, ROOT, manifests
 from tests.k8s.optional import OPTIONAL, build
 
+NEED_GPUS = ("dra", "gpu-health")
+
 
 def test_render_and_commit_are_the_same() -> None:
     differing, left_over = render.stale_files()
@@ -33,7 +35,7 @@ def variants() -> dict[str, ServingSpec]:
     """Deployments that nobody committed."""
     large, small = render.overlay_spec("prod-h100-tp8"), render.overlay_spec("dev-cpu")
     replace = dataclasses.replace
-    found = {f"only-{name}": replace(small, components=(name,)) for name in COMPONENTS if name != "gpu-health"}
+    found = {f"only-{name}": replace(small, components=(name,)) for name in COMPONENTS if name not in NEED_GPUS}
     found |= {f"without-{name}": _without(large, name) for name in COMPONENTS}
     found |= {f"with-{name}": make() for name, make in OPTIONAL.items()}
     found["other-storage"] = replace(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from k8s.dra import UNCOUNTED
 from k8s.gpu_guard import FAULT, UNVERIFIED
 from k8s.objects import PRIORITIES, Object, priority_class
 from k8s.tool import reasons
 from k8s.tool.capacity import is_ready, tolerates
 from k8s.tool.doctor import facts as of
 from k8s.tool.doctor.facts import Facts
-from k8s.tool.doctor.table import ERROR, WARNING, Table
+from k8s.tool.doctor.table import ERROR, WARNING, NotKnown, Table
 from k8s.tool.quantities import number
 
 TABLE = Table()
@@ -120,10 +121,20 @@ def gpu_unverified(facts: Facts) -> Iterator[str]:
     "gpu-allocatable", ERROR, "nodes with more GPUs, fewer ranks per host, or the NVIDIA device plugin", of.NODES
 )
 def gpu_allocatable(facts: Facts) -> Iterator[str]:
+    if facts.spec.has("dra"):
+        raise NotKnown(UNCOUNTED)
     wanted, resource = facts.sizing.gpus_per_pod, facts.spec.cluster.gpu_resource
     counts = [number(n["status"].get("allocatable", {}).get(resource, 0)) or 0.0 for n in facts.lists[of.NODES]]
     if wanted and max(counts, default=0.0) < wanted:
         yield f"a pod asks for {wanted} {resource}, and the largest node has {max(counts, default=0.0):g}"
+
+
+def _has_gpus(facts: Facts, node: Object) -> bool:
+    """By what the node can give; where GPUs are claimed, by its label."""
+    cluster = facts.spec.cluster
+    if facts.spec.has("dra"):
+        return bool((node["metadata"].get("labels") or {}).get(cluster.gpu_node_label) == "true")
+    return bool(number(node["status"].get("allocatable", {}).get(cluster.gpu_resource, 0)))
 
 
 @TABLE.check("gpu-labels", ERROR, "run GPU feature discovery, or correct cluster.gpu_product in the spec", of.NODES)
@@ -139,7 +150,7 @@ def gpu_taints(facts: Facts) -> Iterator[str]:
         return
     tolerations = facts.worker_template.get("tolerations") or []
     for node in facts.lists[of.NODES]:
-        if not number(node["status"].get("allocatable", {}).get(facts.spec.cluster.gpu_resource, 0)):
+        if not _has_gpus(facts, node):
             continue
         for taint in (node.get("spec") or {}).get("taints") or []:
             ours = taint["key"] in (FAULT, UNVERIFIED) or taint["key"].startswith("node.kubernetes.io/")
@@ -157,8 +168,7 @@ def gpu_pods_elsewhere(facts: Facts) -> Iterator[str]:
     resource = facts.spec.cluster.gpu_resource
     for node in facts.lists[of.NODES]:
         taints = {taint["key"] for taint in (node.get("spec") or {}).get("taints") or []}
-        has_gpus = number(node["status"].get("allocatable", {}).get(resource, 0))
-        if facts.spec.has_gpus and has_gpus and resource not in taints:
+        if facts.spec.has_gpus and _has_gpus(facts, node) and resource not in taints:
             yield f"node {_name(node)} has GPUs and no taint {resource}: pods without GPUs may fill it"
 
 
