@@ -17,6 +17,7 @@ from k8s.tool.quantities import number
 
 TABLE = Table()
 OLDEST = (1, 34)  # trafficDistribution PreferSameZone; the preStop sleep is older
+IMAGE_VOLUMES = (1, 35)  # on by default since; stable in 1.36
 OLDEST_KUBERAY = (1, 5)
 RAY_CRDS = ("rayservices.ray.io", "rayclusters.ray.io")
 MONITORING_CRDS = tuple(
@@ -27,8 +28,9 @@ MONITORING_CRDS = tuple(
 @TABLE.check("api-version", WARNING, "upgrade the cluster; the manifests are written for newer servers", of.VERSION)
 def api_version(facts: Facts) -> Iterator[str]:
     found = _version(facts.version)
-    if found and found < OLDEST:
-        yield f"the API server is {facts.version}, older than {OLDEST[0]}.{OLDEST[1]}"
+    oldest = IMAGE_VOLUMES if facts.spec.has("weights-image") else OLDEST
+    if found and found < oldest:
+        yield f"the API server is {facts.version}, older than {oldest[0]}.{oldest[1]}"
 
 
 @TABLE.check("kubelet-skew", WARNING, "upgrade the nodes: a kubelet may be three minor versions behind", of.NODES)
@@ -38,6 +40,8 @@ def kubelet_skew(facts: Facts) -> Iterator[str]:
         found = _version(node["status"].get("nodeInfo", {}).get("kubeletVersion", ""))
         if server and found and (found > server or found[1] < server[1] - 3):
             yield f"node {_name(node)} runs {found[0]}.{found[1]}, the API server {server[0]}.{server[1]}"
+        elif found and found < IMAGE_VOLUMES and facts.spec.has("weights-image"):
+            yield f"node {_name(node)} runs {found[0]}.{found[1]}, which mounts no image of weights"
 
 
 @TABLE.check("crd-ray", ERROR, "install the CRDs of KubeRay 1.7: helm install kuberay-operator", of.CRDS)
