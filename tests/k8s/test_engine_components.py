@@ -19,7 +19,7 @@ from k8s.patches import Key
 from k8s.settings import model_dir
 from k8s.sizing import Sizing
 from k8s.spec import ServingSpec, SpecError, read_spec, spec_from
-from k8s.tool import exits, status
+from k8s.tool import exits, reasons, status
 from k8s.tool.deploy import default_timeout_s
 from k8s.tool.diagnosis import CHECKS
 from k8s.tool.doctor.facts import read_facts
@@ -167,6 +167,28 @@ def test_an_image_is_named_by_its_digest_and_a_place_holder_is_told() -> None:
     assert WEIGHTS not in changed("prod-h100-tp8").placeholder_images
     with pytest.raises(SpecError, match=r"images\.weights: .*names no digest"):
         dataclasses.replace(spec, images=dataclasses.replace(spec.images, weights="registry.invalid/weights:1"))
+
+
+def test_the_doctor_knows_what_mounts_images(world: World) -> None:
+    world.running.state.version = "v1.34.0"
+    old = make_node("old")
+    old["status"]["nodeInfo"]["kubeletVersion"] = "v1.34.0"
+    world.running.put(old)
+    for components, is_old in (([], False), (["weights-image"], True)):
+        spec = read_spec(Path(world.spec_file("dev-cpu", components=components)))
+        found = {result.check.name: result.texts for result in examine(CHECKS, read_facts(world.cluster, spec))}
+        assert any("older than 1.35" in text for text in found["api-version"]) is is_old
+        assert any("node old runs 1.34, which mounts no image" in text for text in found["kubelet-skew"]) is is_old
+
+
+def test_the_doctor_looks_for_digests_of_weights_too(world: World) -> None:
+    worker = {"app.kubernetes.io/instance": "argosy", "app.kubernetes.io/component": WORKER}
+    volume = {"name": "models", "image": {"reference": "registry.invalid/weights:1"}}
+    spec = {"containers": [{"name": "c", "image": WEIGHTS}], "volumes": [volume]}
+    world.running.put(make_pod("w", "argosy", {"metadata": {"labels": worker}, "spec": spec}))
+    facts = read_facts(world.cluster, OPTIONAL["weights-image"]())
+    found = {result.check.name: result.texts for result in examine(CHECKS, facts)}
+    assert found["image-digests"] == ("registry.invalid/weights:1 runs without a digest",)
 
 
 def test_the_recipe_makes_an_image_from_which_a_model_is_read(tmp_path: Path) -> None:
@@ -381,7 +403,54 @@ def test_the_doctor_knows_nodes_with_gpus_by_their_label(world: World) -> None:
     assert any("node bare has GPUs and no taint" in text for text in results["gpu-pods-elsewhere"].texts)
 
 
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        ("0/2 nodes are available: 2 cannot allocate all claims.", "no node has enough of the devices"),
+        ("request gpu: device class gpu.nvidia.com does not exist", "there is no DeviceClass gpu.nvidia.com:"),
+    ],
+)
+def test_what_the_scheduler_says_of_claims_is_explained(said: str, means: str) -> None:
+    assert means in reasons.explain_scheduling(said)
+
+
 def test_a_claim_s_template_is_there_before_the_engine() -> None:
     things = list(deployment.objects(OPTIONAL["dra"]()).values())
     order = [thing["kind"] for _, group in waves(things) for thing in group]
     assert order.index("ResourceClaimTemplate") < order.index("RayService")
+
+
+# --- deployed -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overlay", "component", "kind", "counts"),
+    [
+        ("dev-cpu", "weights-image", "NetworkPolicy", (6, 5, 6)),
+        ("dev-cpu", "weights-pvc", "Job", (0, 1, 0)),
+        ("single-gpu", "dra", "ResourceClaimTemplate", (0, 1, 0)),
+    ],
+)
+def test_a_deployment_takes_a_component_on_and_leaves_it_again(
+    overlay: str, component: str, kind: str, counts: tuple[int, ...], world: World
+) -> None:
+    """What it brings is applied, what it replaces goes, and the next deployment without it undoes both: also where
+    nothing else of its kind is left."""
+    world.running.put(make_node("gpu-1", gpus=2))
+    for components, count in zip(([], [component], []), counts, strict=True):
+        code, text = world.deploy(world.spec_file(overlay, components=components, engine={"upgrade": "new-cluster"}))
+        assert code == exits.DONE, text
+        assert len(world.running.all(kind)) == count, text
+
+
+def test_a_template_that_a_cluster_still_names_stays(world: World) -> None:
+    """An upgrade's old cluster makes pods until it is deleted."""
+    world.running.put(make_node("gpu-1", gpus=2))
+    assert world.deploy(world.spec_file("single-gpu", components=["dra"]))[0] == exits.DONE
+    [cluster] = world.running.all("RayCluster")
+    world.running.put({**cluster, "metadata": {"name": "old", "namespace": "argosy"}})
+    spec = world.spec_file("single-gpu", engine={"upgrade": "new-cluster"})
+    code, text = world.deploy(spec)
+    assert code == exits.DONE, text
+    [template] = world.running.all("ResourceClaimTemplate")
+    assert template["metadata"]["name"] in str(world.running.find("RayCluster", "old"))
