@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import pytest
 import yaml
 
 from k8s import render
@@ -15,6 +17,7 @@ from k8s.patches import keyed
 from k8s.spec import NO_DIGEST, ServingSpec
 from tests.k8s.manifests import Manifests, kustomize
 
+Built = Callable[[str], Manifests]
 WEIGHTS: Final = f"registry.invalid/argosy/weights@{NO_DIGEST}"
 
 
@@ -45,3 +48,16 @@ def build(spec: ServingSpec, folder: Path) -> Manifests:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
     return Manifests(spec, keyed(yaml.load_all(kustomize(folder / "overlays" / "x"), yaml.CSafeLoader)))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Name -> what kustomize prints, as a copy that the caller may break."""
+    known: dict[str, Manifests] = {}
+
+    def made(name: str) -> Manifests:
+        if name not in known:
+            known[name] = build(OPTIONAL[name](), tmp_path_factory.mktemp(name))
+        return Manifests(known[name].spec, copy.deepcopy(known[name].objects))
+
+    return made
