@@ -9,6 +9,7 @@ from k8s import (
     autoscale,
     autoscale_keda,
     balloons,
+    dra,
     engine,
     gateway,
     gateway_api,
@@ -17,6 +18,7 @@ from k8s import (
     loadtest,
     monitoring,
     policy,
+    weights_image,
     weights_pvc,
 )
 from k8s.objects import Object
@@ -38,7 +40,9 @@ PARTS: Final = {
 COMPONENTS: Final[dict[str, Alteration]] = {
     "autoscale-ray": autoscale.alter,
     "gcs-rocksdb": gcs.alter,
+    "weights-image": weights_image.alter,
     "weights-pvc": weights_pvc.alter,
+    "dra": dra.alter,
     "balloons": balloons.alter,  # copies what a worker asks for
     "gpu-health": gpu_health.alter,
     "loadtest": loadtest.alter,

@@ -9,6 +9,7 @@ import datetime
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Final
 
 from k8s.objects import Object, engine_secret
 from k8s.sizing import Sizing
@@ -52,6 +53,10 @@ class Options:
     settle_s: float = 5.0
     patience_s: float = 60.0
     note: str = ""
+
+
+READ_LATER: Final = ("ConfigMap", "ResourceClaimTemplate")
+"""Kinds that a pod made later, of a template that runs, asks for by name."""
 
 
 class NotReached(ToolError):
@@ -300,7 +305,7 @@ class Deployment:
             return
         for thing in doomed:
             name = thing["metadata"]["name"]
-            if thing["kind"] in KEPT_KINDS or (thing["kind"] == "ConfigMap" and repr(name) in texts):
+            if thing["kind"] in KEPT_KINDS or (thing["kind"] in READ_LATER and repr(name) in texts):
                 continue
             try:
                 if self._cluster.delete(kind_of(thing), name, thing["metadata"].get("namespace", "")):

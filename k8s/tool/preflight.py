@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 
+from k8s.dra import UNCOUNTED
 from k8s.gpu_guard import FAULT, UNVERIFIED
 from k8s.objects import PULL_POLICY, Object, container_security, labels, memory_volume, metadata, pod_security
 from k8s.objects import scratch_volume as scratch
@@ -18,7 +19,7 @@ from k8s.spec import ServingSpec
 from k8s.tool import exits, reasons
 from k8s.tool.capacity import is_ready
 from k8s.tool.cluster import Cluster
-from k8s.tool.exits import ApiError, ToolError
+from k8s.tool.exits import ApiError, Refused, ToolError
 from k8s.tool.kinds import JOB, NODE, POD
 from k8s.tool.progress import Progress
 from k8s.tool.quantities import number, pod_requests
@@ -40,7 +41,9 @@ class Options:
 
 
 def preflight(cluster: Cluster, spec: ServingSpec, options: Options, progress: Progress) -> int:
-    """An exit code: DONE when every node passed. Raises ToolError when nodes may not be read."""
+    """An exit code: DONE when every node passed. Raises ToolError when nodes may not be read, Refused with claims."""
+    if spec.has("dra"):
+        raise Refused(f"preflight: it takes all GPUs that a node's allocatable counts, and {UNCOUNTED}")
     try:
         nodes = cluster.select(NODE, labels=f"{spec.cluster.gpu_node_label}=true").items
     except ApiError as error:

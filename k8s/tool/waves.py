@@ -24,7 +24,7 @@ _POLICY_KINDS: Final = (
     "ServiceAccount",
     "NetworkPolicy",
 )
-_CONFIG_KINDS: Final = ("ConfigMap", "Secret", "PersistentVolumeClaim")
+_CONFIG_KINDS: Final = ("ConfigMap", "Secret", "PersistentVolumeClaim", "ResourceClaimTemplate")
 _GATEWAY_KINDS: Final = (
     "Deployment",
     "Service",

@@ -18,6 +18,7 @@ PLURALS = {
     "Service": "v1/services",
     "ServiceAccount": "v1/serviceaccounts",
     "PersistentVolumeClaim": "v1/persistentvolumeclaims",
+    "ResourceClaimTemplate": "resource.k8s.io/v1/resourceclaimtemplates",
     "ResourceQuota": "v1/resourcequotas",
     "LimitRange": "v1/limitranges",
     "Deployment": "apps/v1/deployments",

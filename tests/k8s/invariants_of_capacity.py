@@ -39,10 +39,18 @@ def scalers(m: Manifests) -> list[Scaler]:
 
 
 def gpus_of(m: Manifests, pod: Pod) -> int:
-    return sum(
-        int(container["resources"]["limits"].get(m.spec.cluster.gpu_resource, 0))
-        for container in pod.containers(init=False)
-    )
+    """By its containers' limits, and by the claims that they name."""
+    claims = {claim["name"]: claim["resourceClaimTemplateName"] for claim in pod.spec.get("resourceClaims", [])}
+    resources = [container["resources"] for container in pod.containers(init=False)]
+    named = [claims[claim["name"]] for asked in resources for claim in asked.get("claims", [])]
+    limited = sum(int(asked["limits"].get(m.spec.cluster.gpu_resource, 0)) for asked in resources)
+    return limited + sum(devices_of(m, name) for name in named)
+
+
+def devices_of(m: Manifests, template: str) -> int:
+    """Devices of one claim that is made from a template."""
+    [found] = [thing for thing in m.of_kind("ResourceClaimTemplate") if thing["metadata"]["name"] == template]
+    return sum(request["exactly"]["count"] for request in found["spec"]["spec"]["devices"]["requests"])
 
 
 def max_replicas(m: Manifests) -> int:
@@ -98,6 +106,9 @@ def quota_has_room_for_the_most(m: Manifests) -> Iterator[str]:
     if sum(most.values()) > int(hard["pods"]):
         yield f"{sum(most.values())} pods > quota {hard['pods']}"
     gpus = sum(gpus_of(m, pod) * most[pod.owner] for pod in m.pods())
+    claimed = f"{m.spec.cluster.device_class}.deviceclass.resource.k8s.io/devices"
+    if m.spec.has("dra") and gpus > int(hard.get(claimed, 0)):
+        yield f"{gpus} GPUs > quota {hard.get(claimed, 0)} of claims"
     if gpus > int(hard.get(f"requests.{m.spec.cluster.gpu_resource}", 0)):
         yield f"{gpus} GPUs > quota {hard.get(f'requests.{m.spec.cluster.gpu_resource}', 0)}"
 

@@ -20,12 +20,11 @@ from k8s.objects import Object
 from k8s.patches import Key, keyed
 from k8s.sizing import Sizing
 from k8s.spec import ServingSpec
+from tests.k8s.optional import OPTIONAL
 
 ROOT = Path(__file__).parent.parent.parent
 CRDS = ROOT.parent / "shared" / "crds"
 OVERLAYS = render.overlay_names()
-EDGES = ("edge-route", "edge-keda", "edge-all")
-"""Specs that nobody committed, with what stands at a deployment's edge; every invariant holds of them too."""
 KUBECTL = Path(sys.executable).parent / "kubectl"
 
 
@@ -49,24 +48,8 @@ def printed(spec: ServingSpec) -> dict[Key, Object]:
 
 
 def spec_named(name: str) -> ServingSpec:
-    """Of an overlay, or of one of EDGES: a component alone on the smallest deployment, and all on a large one."""
-    replace = dataclasses.replace
-    if name == "edge-route":
-        return replace(render.overlay_spec("dev-cpu"), components=("gateway-api",))
-    if name == "edge-keda":
-        small = render.overlay_spec("dev-cpu")
-        return replace(small, components=("autoscale-keda",), gateway=replace(small.gateway, max_replicas=3))
-    if name == "edge-all":
-        large = render.overlay_spec("prod-h100-tp8")
-        cluster = replace(
-            large.cluster,
-            ingress_namespace="envoy-gateway-system",
-            gateway_class="envoy",
-            gateway_certificate="argosy-tls",
-            hostname="llm.example.com",
-        )
-        return replace(large, cluster=cluster, components=(*large.components, "autoscale-keda", "gateway-api"))
-    return render.overlay_spec(name)
+    """Of an overlay, or of an optional spec."""
+    return OPTIONAL[name]() if name in OPTIONAL else render.overlay_spec(name)
 
 
 @dataclasses.dataclass
@@ -96,7 +79,7 @@ class Pod:
 
 @dataclasses.dataclass
 class Manifests:
-    """The objects of an overlay, or of one of EDGES; tests break copies of it."""
+    """The objects of an overlay, or of an optional spec; tests break copies of it."""
 
     spec: ServingSpec
     objects: dict[Key, Object]
@@ -180,7 +163,7 @@ class Manifests:
 @functools.cache
 def _loaded(overlay: str) -> Manifests:
     spec = spec_named(overlay)
-    if overlay in EDGES:
+    if overlay in OPTIONAL:
         return Manifests(spec, printed(spec))
     return Manifests(spec, keyed(yaml.load_all(kustomize(render.ROOT / "overlays" / overlay), yaml.CSafeLoader)))
 

@@ -14,7 +14,8 @@ import yaml
 from tests.k8s import crds
 from tests.k8s.invariants_of_edge import ROUTE, rules
 from tests.k8s.invariants_of_keda import SCALED, trigger
-from tests.k8s.manifests import EDGES, manifests
+from tests.k8s.manifests import manifests
+from tests.k8s.optional import OPTIONAL
 from tests.k8s.paths_of_the_app import endpoints
 from tests.k8s.test_schemas import needs_crds
 
@@ -62,7 +63,7 @@ def test_a_generation_has_no_deadline_and_a_question_has_one() -> None:
 
 
 @needs_promtool
-@pytest.mark.parametrize("edge", [edge for edge in EDGES if SCALED in manifests(edge).objects])
+@pytest.mark.parametrize("edge", [edge for edge in OPTIONAL if SCALED in manifests(edge).objects])
 def test_prometheus_counts_what_keda_asks_for(edge: str, tmp_path: Path) -> None:
     """Running and waiting streams of two gateways; none of another deployment, of workers, or of a namesake's."""
     m = manifests(edge)

@@ -12,10 +12,11 @@ import tests.k8s.invariants_of_pods
 import tests.k8s.invariants_of_references
 import tests.k8s.invariants_of_time  # noqa: F401  # they register what they hold
 from tests.k8s.invariants import INVARIANTS, Invariant
-from tests.k8s.manifests import EDGES, OVERLAYS, manifests
+from tests.k8s.manifests import OVERLAYS, manifests
+from tests.k8s.optional import OPTIONAL
 
 
-@pytest.mark.parametrize("overlay", [*OVERLAYS, *EDGES])
+@pytest.mark.parametrize("overlay", [*OVERLAYS, *OPTIONAL])
 def test_everything_holds(overlay: str) -> None:
     found = manifests(overlay)
     complaints = [f"{invariant.name}: {text}" for invariant in INVARIANTS for text in invariant.check(found)]

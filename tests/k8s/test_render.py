@@ -12,7 +12,10 @@ import pytest
 
 from k8s import deployment, render
 from k8s.spec import COMPONENTS, ServingSpec, spec_from
-from tests.k8s.manifests import EDGES, OVERLAYS, ROOT, manifests, printed, spec_named
+from tests.k8s.manifests import OVERLAYS, ROOT, manifests, printed, spec_named
+from tests.k8s.optional import OPTIONAL
+
+NEED_GPUS = ("dra", "gpu-health")
 
 
 def test_render_and_commit_are_the_same() -> None:
@@ -32,15 +35,15 @@ def variants() -> dict[str, ServingSpec]:
     """Deployments that nobody committed."""
     large, small = render.overlay_spec("prod-h100-tp8"), render.overlay_spec("dev-cpu")
     replace = dataclasses.replace
-    found = {f"only-{name}": replace(small, components=(name,)) for name in COMPONENTS if name != "gpu-health"}
+    found = {f"only-{name}": replace(small, components=(name,)) for name in COMPONENTS if name not in NEED_GPUS}
     found |= {f"without-{name}": _without(large, name) for name in COMPONENTS}
+    found |= {f"with-{name}": make() for name, make in OPTIONAL.items()}
     found["other-storage"] = replace(
         large, cluster=replace(large.cluster, storage_class="fast", shared_storage_class="nfs", gpu_product="")
     )
     found["other-namespace"] = replace(large, namespace="models")
     found["other-name"] = replace(small, name="llm", namespace="llm")
     found["a-cache-of-names"] = replace(small, cluster=replace(small.cluster, dns_cidr="169.254.20.10/32"))
-    found |= {name: spec_named(name) for name in EDGES}
     found["pulls-with-a-secret"] = replace(large, images=replace(large.images, pull_secret="registry"))
     return found
 
@@ -60,7 +63,7 @@ def test_any_spec_becomes_an_overlay_that_says_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_every_component_is_used_and_changes_something(component: str) -> None:
-    assert any(spec_named(name).has(component) for name in (*OVERLAYS, *EDGES))
+    assert any(spec_named(name).has(component) for name in (*OVERLAYS, *OPTIONAL))
     made = render.component_change(component)
     assert made.added or made.patched
     assert (ROOT / "k8s" / "components" / component / "README.md").is_file()

@@ -12,7 +12,8 @@ import yaml
 
 from k8s.objects import Object
 from tests.k8s import crds
-from tests.k8s.manifests import CRDS, EDGES, OVERLAYS, ROOT, manifests
+from tests.k8s.manifests import CRDS, OVERLAYS, ROOT, manifests
+from tests.k8s.optional import OPTIONAL
 
 KUBERNETES = "1.36"  # what the manifests are for
 CUSTOM = ("ray.io/", "monitoring.coreos.com/", "gateway.networking.k8s.io/", "keda.sh/")
@@ -25,8 +26,9 @@ def is_custom(thing: Object) -> bool:
 
 @functools.cache
 def every_object() -> list[Object]:
-    """Of all overlays and EDGES, each once."""
-    found = {json.dumps(t, sort_keys=True): t for name in (*OVERLAYS, *EDGES) for t in manifests(name).objects.values()}
+    """Of all overlays and optional specs, each once."""
+    things = (thing for name in (*OVERLAYS, *OPTIONAL) for thing in manifests(name).objects.values())
+    found = {json.dumps(thing, sort_keys=True): thing for thing in things}
     return list(found.values())
 
 
@@ -46,7 +48,7 @@ def test_core_objects_fit_their_schemas() -> None:
 
 def test_pods_inside_custom_resources_fit_the_schema_of_pods() -> None:
     """A CRD carries a copy of the pod's schema, of some version; this is the API server's own."""
-    for name in OVERLAYS:
+    for name in (*OVERLAYS, *OPTIONAL):
         for pod in manifests(name).pods():
             thing = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod.spec}
             assert not refusal(thing), pod.owner

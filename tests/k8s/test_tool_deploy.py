@@ -67,7 +67,7 @@ def test_render_prints_the_same_bytes_and_valid_yaml(world: World) -> None:
     (code, first), (_, second) = world.run("render", "dev-cpu"), world.run("render", "dev-cpu")
     assert code == exits.DONE
     assert first == second
-    assert "RayService" in {thing["kind"] for thing in yaml.safe_load_all(first)}
+    assert "RayService" in {thing["kind"] for thing in yaml.load_all(first, yaml.CSafeLoader)}
 
 
 def test_events_are_json_lines(world: World) -> None:
