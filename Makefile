@@ -27,7 +27,7 @@ bench: .venv/.installed-dev
 # The manifests without a cluster: rendered as committed, schemas, invariants, names against the code.
 check-k8s: .venv/.installed-dev
 	$(BIN)/python -m k8s.render --check
-	$(BIN)/python -m pytest tests/k8s -m 'not ray' --ignore tests/k8s/test_images.py $(ARGS)
+	$(BIN)/python -m pytest tests/k8s -n auto -m 'not ray' --ignore tests/k8s/test_images.py $(ARGS)
 
 # The images without a container engine; root only. Some minutes, mostly downloads.
 check-images: .venv/.installed-dev

@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from k8s import autoscale, balloons, engine, gateway, gcs, gpu_health, loadtest, monitoring, policy, weights_pvc
+from k8s import (
+    autoscale,
+    autoscale_keda,
+    balloons,
+    dra,
+    engine,
+    gateway,
+    gateway_api,
+    gcs,
+    gpu_health,
+    loadtest,
+    monitoring,
+    policy,
+    weights_image,
+    weights_pvc,
+)
 from k8s.objects import Object
 from k8s.patches import Key, keyed
 from k8s.sizing import Sizing
@@ -25,10 +40,14 @@ PARTS: Final = {
 COMPONENTS: Final[dict[str, Alteration]] = {
     "autoscale-ray": autoscale.alter,
     "gcs-rocksdb": gcs.alter,
+    "weights-image": weights_image.alter,
     "weights-pvc": weights_pvc.alter,
+    "dra": dra.alter,
     "balloons": balloons.alter,  # copies what a worker asks for
     "gpu-health": gpu_health.alter,
     "loadtest": loadtest.alter,
+    "gateway-api": gateway_api.alter,
+    "autoscale-keda": autoscale_keda.alter,
 }
 """In the order in which they are applied."""
 

@@ -47,6 +47,7 @@ GROUP: Final = "workers"
 ENVIRONMENT: Final = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR": "0.05",  # of the look-back: load read four times a second
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a sick replica is killed, never drained (C19b)
     "RAY_USAGE_STATS_ENABLED": "0",
     # With the default of 60 s every process ends itself a minute after GCS did.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from k8s.amounts import cpus, quantity
 from k8s.objects import (
     GATEWAY,
@@ -31,6 +33,17 @@ from k8s.sizing import GATEWAY_PRE_STOP_S, Sizing
 
 IN_FLIGHT_METRIC = "argosy_connections"
 """What the autoscaler counts: every stream is a connection."""
+
+CPU_PERCENT = 70  # of what a pod asks for, at which another is added
+
+BEHAVIOR: Object = {
+    "scaleDown": {
+        "policies": [{"periodSeconds": 60, "type": "Percent", "value": 10}],
+        "stabilizationWindowSeconds": 300,
+    },
+    "scaleUp": {"policies": [{"periodSeconds": 15, "type": "Percent", "value": 100}]},
+}
+"""Quick to come, slow to go: a gateway that leaves waits for its streams."""
 
 
 def objects(sizing: Sizing) -> list[Object]:
@@ -159,9 +172,8 @@ def _disruption_budget(sizing: Sizing) -> Object:
 
 def _autoscaler(sizing: Sizing) -> Object:
     spec = sizing.spec
-    metrics: list[Object] = [
-        {"type": "Resource", "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 70}}}
-    ]
+    cpu = {"type": "Utilization", "averageUtilization": CPU_PERCENT}
+    metrics: list[Object] = [{"type": "Resource", "resource": {"name": "cpu", "target": cpu}}]
     if spec.cluster.has_pod_metrics:
         target = {"type": "AverageValue", "averageValue": str(spec.gateway.target_in_flight)}
         metrics.insert(0, {"type": "Pods", "pods": {"metric": {"name": IN_FLIGHT_METRIC}, "target": target}})
@@ -170,13 +182,7 @@ def _autoscaler(sizing: Sizing) -> Object:
         "kind": "HorizontalPodAutoscaler",
         "metadata": metadata(spec, name_of(spec, "gateway"), GATEWAY),
         "spec": {
-            "behavior": {
-                "scaleDown": {
-                    "policies": [{"periodSeconds": 60, "type": "Percent", "value": 10}],
-                    "stabilizationWindowSeconds": 300,
-                },
-                "scaleUp": {"policies": [{"periodSeconds": 15, "type": "Percent", "value": 100}]},
-            },
+            "behavior": copy.deepcopy(BEHAVIOR),
             "maxReplicas": spec.gateway.max_replicas,
             "metrics": metrics,
             "minReplicas": spec.gateway.min_replicas,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from k8s.objects import (
     AGENT_PORT,
@@ -21,6 +21,9 @@ from k8s.objects import (
     selector,
 )
 from k8s.spec import ServingSpec
+
+FETCH: Final = "fetch"
+"""The policy of pods that run `argosy pull`."""
 
 
 def ports(*numbers: int, protocol: str = "TCP") -> list[Object]:
@@ -106,4 +109,4 @@ def network_policies(spec: ServingSpec) -> list[Object]:
 def fetch_policy(spec: ServingSpec, component: str) -> Object:
     """The pods that run `argosy pull` reach hubs and package indexes."""
     pods = {"matchLabels": selector(spec, component)}
-    return network_policy(spec, "fetch", pods, egress=[{"ports": ports(443), "to": [to_world()]}])
+    return network_policy(spec, FETCH, pods, egress=[{"ports": ports(443), "to": [to_world()]}])

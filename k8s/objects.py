@@ -99,9 +99,12 @@ def external_secrets(spec: ServingSpec) -> dict[str, tuple[tuple[str, ...], bool
     """Secrets that the manifests use and do not hold: name -> (keys, whether pods start without it)."""
     found: dict[str, tuple[tuple[str, ...], bool]] = {
         engine_secret(spec): (("secret",), False),
-        hub_secret(spec): (("token",), True),
         operator_secret(spec): (("token",), True),
     }
+    if spec.has("gateway-api") and spec.cluster.gateway_certificate:
+        found[spec.cluster.gateway_certificate] = (("tls.crt", "tls.key"), False)
+    if not spec.has("weights-image"):
+        found[hub_secret(spec)] = (("token",), True)
     if spec.images.pull_secret:
         found[spec.images.pull_secret] = ((".dockerconfigjson",), False)
     return found

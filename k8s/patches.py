@@ -55,6 +55,18 @@ def change(before: dict[Key, Object], after: dict[Key, Object]) -> Change:
     )
 
 
+def fitting(thing: Object, operations: Iterable[Operation]) -> list[Operation]:
+    """Those of the operations that can be made on an object, one after another."""
+    copied, found = copy.deepcopy(thing), []
+    for operation in operations:
+        try:
+            _apply(copied, operation)
+        except (KeyError, IndexError):
+            continue
+        found.append(operation)
+    return found
+
+
 def difference(before: Any, after: Any, path: str = "") -> list[Operation]:
     """Operations that turn `before` into `after`. Lists are compared item by item where they tell the same things."""
     if before == after:
@@ -96,6 +108,8 @@ def _apply(thing: Any, operation: Operation) -> None:
     for part in parents:
         thing = thing[int(part)] if isinstance(thing, list) else thing[part]
     where = int(last) if isinstance(thing, list) else last
+    if operation["op"] == "replace":
+        thing[where]  # must be there: KeyError, IndexError
     if operation["op"] == "remove":
         del thing[where]
     elif operation["op"] == "add" and isinstance(thing, list):

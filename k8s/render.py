@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from k8s import deployment
 from k8s.objects import Object
-from k8s.patches import Change, Key, change, keyed
+from k8s.patches import Change, Key, change, fitting, keyed
 from k8s.spec import COMPONENTS, ServingSpec, SpecError, read_spec
 from k8s.yaml_text import HEADING, documents, dump
 
@@ -124,7 +124,7 @@ def _probes(name: str) -> tuple[ServingSpec, ServingSpec]:
         ),
         images=dataclasses.replace(small.images, engine="example/engine:1", gateway="example/gateway:1"),
     )
-    if name == "gpu-health":
+    if name in ("dra", "gpu-health"):  # which need GPUs
         small = dataclasses.replace(
             large, engine=dataclasses.replace(large.engine, tensor_parallel_size=1), images=small.images
         )
@@ -140,9 +140,11 @@ def component_change(name: str) -> Change:
             change(deployment.objects(spec), deployment.objects(dataclasses.replace(spec, components=(name,))))
         )
     small, large = changes
+    base = _base_objects()
     patched = {
-        key: [operation for operation in operations if operation in large.patched.get(key, [])]
+        key: fitting(base[key], [operation for operation in operations if operation in large.patched.get(key, [])])
         for key, operations in small.patched.items()
+        if key in base
     }
     return Change(
         added=small.added,

@@ -247,7 +247,8 @@ class Sizing:
 
     @property
     def fetch_s(self) -> float:
-        """`argosy pull`: bytes / network, written and verified at the disk's speed."""
+        """`argosy pull`: bytes / network, written and verified at the disk's speed; or the kubelet's pull of an image
+        with them, written, read and unpacked. Before the engine's container starts, so in no budget of its probes."""
         model, engine = self.spec.model, self.spec.engine
         return model.weights_bytes / engine.fetch_bytes_per_s + 3 * model.weights_bytes / engine.disk_bytes_per_s
 

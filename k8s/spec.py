@@ -17,12 +17,27 @@ import yaml
 
 from k8s.amounts import parse_bytes
 
-COMPONENTS: Final = ("autoscale-ray", "balloons", "gcs-rocksdb", "gpu-health", "loadtest", "weights-pvc")
+COMPONENTS: Final = (
+    "autoscale-keda",
+    "autoscale-ray",
+    "balloons",
+    "dra",
+    "gateway-api",
+    "gcs-rocksdb",
+    "gpu-health",
+    "loadtest",
+    "weights-image",
+    "weights-pvc",
+)
+MAX_CLAIMED: Final = 32  # AllocationResultsMaxSize of resource.k8s.io/v1
 NO_DIGEST: Final = "sha256:" + "0" * 64
 """Stands where an operator's own digest belongs: no registry holds it, so it can start nothing by accident."""
 
 _NAME: Final = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 _NAMESPACE: Final = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_HOSTNAME: Final = r"(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+_URL: Final = r"https?://[A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?(:[0-9]{1,5})?(/[\w./-]*)?"
+_SUBDOMAIN: Final = r"[a-z0-9]([-a-z0-9.]{0,200}[a-z0-9])?"
 _IMAGE: Final = r"[a-z0-9][a-z0-9._/:-]*(@sha256:[0-9a-f]{64})?"
 
 
@@ -107,6 +122,7 @@ class Images:
     gateway: str = _text("argosy-gateway:0.1.0", pattern=_IMAGE, says="an image reference")
     engine: str = _text("argosy-engine:0.1.0", pattern=_IMAGE, says="an image reference")
     loadtest: str = _text("argosy-loadtest:0.1.0", pattern=_IMAGE, says="an image reference")
+    weights: str = _text("argosy-weights:0.1.0", pattern=_IMAGE, says="an image reference")  # with weights-image
     pull_secret: str = _text(pattern=f"({_NAMESPACE})?", says="the name of a Secret")
 
 
@@ -119,13 +135,23 @@ class Cluster:
     operator_namespace: str = _text("kuberay-system", pattern=_NAMESPACE, says="a namespace")
     has_prometheus_operator: bool = True
     has_pod_metrics: bool = False  # an adapter that serves argosy_connections under custom.metrics.k8s.io
+    # With the component autoscale-keda: where KEDA asks for the gateways' numbers.
+    prometheus_url: str = _text("http://prometheus-operated.monitoring.svc:9090", pattern=_URL, says="a URL")
     gpu_resource: str = _text("nvidia.com/gpu", pattern=r"[a-z0-9.-]+/[a-z0-9.-]+", says="an extended resource")
+    device_class: str = _text("gpu.nvidia.com", pattern=_SUBDOMAIN, says="a DeviceClass")  # with the component dra
     gpu_node_label: str = _text("nvidia.com/gpu.present", pattern=r"[\w./-]+", says="the label of nodes with GPUs")
     gpu_product: str = _text(pattern=r"[\w.-]*", says='the value of nvidia.com/gpu.product; "" = any')
     storage_class: str = _text(pattern=f"({_NAMESPACE})?", says='a StorageClass; "" = the default')
     shared_storage_class: str = _text(pattern=f"({_NAMESPACE})?", says='one with ReadWriteMany; "" = the default')
     dns_cidr: str = _text(pattern=r"(\d+\.\d+\.\d+\.\d+/\d+)?", says='an IPv4 range; "" = kube-dns alone')
     api_server_cidr: str = _text("0.0.0.0/0", pattern=r"\d+\.\d+\.\d+\.\d+/\d+", says="an IPv4 range")
+    # With the component gateway-api; `ingress_namespace` is where its class runs the pods that carry requests.
+    gateway_class: str = _text(pattern=f"({_NAMESPACE})?", says='a GatewayClass; "" = a Gateway that is there')
+    gateway_name: str = _text("edge", pattern=_NAMESPACE, says="the name of a Gateway")
+    gateway_namespace: str = _text(pattern=f"({_NAMESPACE})?", says='a namespace; "" = ingress_namespace')
+    gateway_listener: str = _text(pattern=f"({_NAMESPACE})?", says='a listener of that Gateway; "" = each')
+    gateway_certificate: str = _text(pattern=f"({_NAMESPACE})?", says='a TLS Secret of ours; "" = plain HTTP')
+    hostname: str = _text(pattern=f"({_HOSTNAME})?", says='a host name; "" = any that the listener takes')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +191,9 @@ class ServingSpec:
     @property
     def placeholder_images(self) -> tuple[str, ...]:
         """Images whose digest nobody has filled in: nothing can be deployed with them."""
-        used = [self.images.gateway, self.images.engine, *([self.images.loadtest] if self.has("loadtest") else [])]
+        used = [self.images.gateway, self.images.engine]
+        used += [self.images.loadtest] if self.has("loadtest") else []
+        used += [self.images.weights] if self.has("weights-image") else []
         return tuple(image for image in used if image.endswith(NO_DIGEST))
 
     def has(self, component: str) -> bool:
@@ -299,14 +327,36 @@ def _check_relations(spec: ServingSpec) -> None:
         raise SpecError("engine.kv_cache_bytes: needed with device cpu, where nothing else bounds the cache")
     if spec.has("gpu-health") and not spec.has_gpus:
         raise SpecError("components: gpu-health needs engine.device cuda")
+    if spec.has("dra"):
+        _check_claims(spec)
+    if spec.has("weights-image") and spec.has("weights-pvc"):
+        raise SpecError("components: weights-image and weights-pvc exclude each other: the model has one place")
     if engine.min_replicas == 0 and not spec.has("gcs-rocksdb"):
         raise SpecError("engine.min_replicas: 0 needs the component gcs-rocksdb: a restarted head must know the model")
+    if spec.has("gateway-api"):
+        _check_gateway_api(spec)
     if spec.is_prod:
-        for key in ("gateway", "engine"):
+        for key in ("gateway", "engine", *(["weights"] if spec.has("weights-image") else [])):
             if "@sha256:" not in getattr(spec.images, key):
                 raise SpecError(f"images.{key}: {getattr(spec.images, key)!r} names no digest, as production must")
         if gateway.min_replicas < 2:
             raise SpecError(f"gateway.min_replicas: {gateway.min_replicas} is below 2, and production outlives a node")
+
+
+def _check_gateway_api(spec: ServingSpec) -> None:
+    cluster = spec.cluster
+    for key in ("gateway_namespace", "gateway_listener"):
+        if cluster.gateway_class and getattr(cluster, key):
+            raise SpecError(f"cluster.{key}: of a Gateway that is there, and gateway_class asks for one of our own")
+    if cluster.gateway_certificate and not cluster.gateway_class:
+        raise SpecError("cluster.gateway_certificate: needs gateway_class; a Gateway that is there has its own")
+    if cluster.gateway_class and spec.is_prod and not cluster.gateway_certificate:
+        raise SpecError("cluster.gateway_certificate: needed, as production sends no key of an account in plain HTTP")
+    if cluster.ingress_namespace == spec.namespace:
+        raise SpecError(
+            f"cluster.ingress_namespace: {spec.namespace!r} is our own, where nothing but our pods may talk; "
+            "the component gateway-api needs a class whose pods run elsewhere"
+        )
 
 
 def _check_gpus(engine: Engine) -> None:
@@ -326,4 +376,23 @@ def _check_gpus(engine: Engine) -> None:
     if num_ranks > engine.gpus_per_host and num_ranks % engine.gpus_per_host:
         raise SpecError(
             f"engine.pipeline_parallel_size: {num_ranks} ranks do not fill whole hosts of {engine.gpus_per_host} GPUs"
+        )
+
+
+def _check_claims(spec: ServingSpec) -> None:
+    if not spec.has_gpus:
+        raise SpecError("components: dra needs engine.device cuda")
+    if spec.has("balloons"):
+        raise SpecError(
+            "components: dra and balloons exclude each other: the scheduler pushes no pod out for the devices that it "
+            "claims, so a balloon would keep a replica's GPUs for ever"
+        )
+    if spec.has("gpu-health"):
+        raise SpecError(
+            "components: dra and gpu-health exclude each other: its guard takes all GPUs of a node by a variable of "
+            "the container runtime, without a claim"
+        )
+    if spec.engine.gpus_per_host > MAX_CLAIMED:
+        raise SpecError(
+            f"engine.gpus_per_host: {spec.engine.gpus_per_host} is above {MAX_CLAIMED}, the most devices of one claim"
         )

@@ -94,7 +94,7 @@ class Recipe:
         self._scratch = scratch
         self._given = args
         self._ignored = [
-            line for line in (context / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")
+            line for line in _text_of(context / ".dockerignore").splitlines() if line and not line.startswith("#")
         ]
 
     def build(self) -> Stage:
@@ -104,7 +104,8 @@ class Recipe:
         for step in self._steps:
             if step.name == "FROM":
                 name = step.text.partition(" AS ")[2] or str(len(stages))
-                stages[name] = stage = Stage(self._base_image(name), args={})
+                root = self._empty(name) if step.text.split()[0] == "scratch" else self._base_image(name)
+                stages[name] = stage = Stage(root, args={})
             elif stage is None:
                 if step.name != "ARG":
                     raise RecipeError(f"line {step.line}: {step.name} before FROM")
@@ -113,6 +114,11 @@ class Recipe:
         if stage is None:
             raise RecipeError("no FROM")
         return stage
+
+    def _empty(self, name: str) -> Path:
+        root = self._scratch / f"{name}-root"
+        root.mkdir(parents=True)
+        return root
 
     def _base_image(self, name: str) -> Path:
         """This machine's root under an overlay, without the folders in which projects and secrets lie."""
@@ -192,6 +198,10 @@ class Recipe:
             if any(_matches(pattern, str(part)) for part in (path, *path.parents) if str(part) != "."):
                 ignored = not line.startswith("!")
         return ignored
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -63,7 +62,7 @@ def connect(kubeconfig: Path | None, context: str | None, timeout_s: float) -> C
             config_file=str(kubeconfig) if kubeconfig else None, context=context, client_configuration=settings
         )
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        where = kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config"
+        where = kubeconfig or config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION  # $KUBECONFIG, or ~/.kube/config
         raise ToolError(f"{where} is no kubeconfig: {' '.join(str(error).split())}") from None
     except (ConfigException, OSError, ValueError) as error:
         hint = "give --kubeconfig, --context or $KUBECONFIG"

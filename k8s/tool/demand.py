@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+from k8s.dra import CLAIMS_QUOTA, UNCOUNTED, devices_quota
 from k8s.objects import PRIORITIES, WORKER, Object
 from k8s.sizing import Sizing
 from k8s.spec import ServingSpec
@@ -63,9 +65,13 @@ def read_demand(
         return Demand(None, None, after, 0, None, f"needs list on pods in {spec.namespace}")
     living = [pod for pod in pods if (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")]
     resource = spec.cluster.gpu_resource
-    now = round(sum(pod_requests(pod["spec"]).get(resource, 0.0) for pod in living))
     current = math.ceil(len(living) / hosts)
     more = _more_replicas(sizing, change, current)
+    if spec.has("dra") or any(pod["spec"].get("resourceClaims") for pod in living):
+        claims = {devices_quota(spec): gpus, CLAIMS_QUOTA: 1} if spec.has("dra") else {}
+        refused = _beyond_quota(quotas, worker_template(service), more * hosts, resource, claims)
+        return Demand(None, None, after, more, None, UNCOUNTED, refused)
+    now = round(sum(pod_requests(pod["spec"]).get(resource, 0.0) for pod in living))
     during = now + more * hosts * gpus
     if more == 0:
         return Demand(now, during, after, 0, None)
@@ -92,9 +98,19 @@ def _more_replicas(sizing: Sizing, change: Upgrade, current: int) -> int:
     return 0
 
 
-def _beyond_quota(quotas: Sequence[Object], template: Object, num_pods: int, resource: str) -> tuple[str, ...]:
+def _beyond_quota(
+    quotas: Sequence[Object],
+    template: Object,
+    num_pods: int,
+    resource: str,
+    claims: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[str, ...]:
+    """claims: what one pod's claims take, by its name in a quota."""
+    if num_pods == 0:
+        return ()
     asked = {name: amount * num_pods for name, amount in pod_requests(template).items()}
     wanted = {"pods": asked["pods"], f"requests.{resource}": asked.get(resource, 0.0)}
+    wanted |= {name: float(amount * num_pods) for name, amount in claims.items()}
     for name in ("cpu", "memory"):
         wanted[name] = wanted[f"requests.{name}"] = asked.get(name, 0.0)
     found = []

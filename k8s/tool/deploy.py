@@ -19,7 +19,7 @@ from k8s.tool.exits import ApiError, Refused, ToolError
 from k8s.tool.fleet import read_fleet
 from k8s.tool.goals import WATCHED, Goal, Standing, goals_of, why_not
 from k8s.tool.kinds import POD, RAY_CLUSTER, RAY_SERVICE, SECRET, kind_of, title
-from k8s.tool.leftovers import prune
+from k8s.tool.leftovers import make_way, prune
 from k8s.tool.mirror import Mirror
 from k8s.tool.plan import DELETE, Plan, make_plan
 from k8s.tool.plan_report import gpus
@@ -108,6 +108,7 @@ class Deployment:
         progress.tell("revision", f"revision {revision.number}", number=revision.number)
         try:
             self._make_secret()
+            make_way(self._cluster, things, _gone(plan), progress)
             self._waves(things, recreates=recreates)
         except (ToolError, KeyboardInterrupt) as error:
             text = str(error) or "interrupted"
@@ -115,8 +116,7 @@ class Deployment:
             finish(self._cluster, revision, spec.namespace, FAILED, text)
             return self._give_up(revisions, error)
         if self._options.waits:
-            gone = [change.thing for change in plan.changes if change.action == DELETE]
-            prune(self._cluster, spec.name, spec.namespace, things, gone, progress)
+            prune(self._cluster, spec.name, spec.namespace, things, _gone(plan), progress)
         finish(self._cluster, revision, spec.namespace, GOOD)
         forget_old(self._cluster, spec.name, spec.namespace)
         done = "is deployed" if self._options.waits else "is applied; nobody waited for it"
@@ -295,6 +295,11 @@ class Deployment:
                 raise
             return
         self._progress.tell("secret", f"Secret {name} was not there, and has been made", wave=CONFIG)
+
+
+def _gone(plan: Plan) -> list[Object]:
+    """What the last revision had and this one has not."""
+    return [change.thing for change in plan.changes if change.action == DELETE]
 
 
 def _history(cluster: Cluster, spec: ServingSpec, options: Options) -> list[Revision]:

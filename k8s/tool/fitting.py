@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from k8s.dra import UNCOUNTED
 from k8s.objects import PRIORITIES, Object
 from k8s.sizing import Sizing
 from k8s.spec import ServingSpec
@@ -35,8 +36,10 @@ class Fitting:
 def fit_spec(cluster: Cluster, spec: ServingSpec, things: list[Object], num_replicas: int | None) -> Fitting:
     """As if nothing of this deployment ran yet. num_replicas: of the engine; None = the most that the spec allows.
 
-    Raises ToolError when nodes or pods may not be read.
+    Raises ToolError when nodes or pods may not be read, and when no node counts what the spec asks for.
     """
+    if spec.has("dra"):
+        raise ToolError(f"capacity is not known: {UNCOUNTED}")
     rooms = read_rooms(cluster, priority=PRIORITIES["serving"], is_ours=lambda pod: _is_ours(pod, spec))
     if isinstance(rooms, Cause):
         raise ToolError(f"capacity is not known: {rooms.text}")

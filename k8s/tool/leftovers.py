@@ -9,11 +9,13 @@ from k8s.objects import WEIGHTS, Object
 from k8s.tool import reasons
 from k8s.tool.cluster import Cluster
 from k8s.tool.exits import ApiError
-from k8s.tool.kinds import JOB, POD, RAY_CLUSTER, kind_of, title
+from k8s.tool.kinds import AUTOSCALER, JOB, POD, RAY_CLUSTER, SCALED_OBJECT, kind_of, title
 from k8s.tool.progress import Progress
 
 KEPT_KINDS: Final = ("Namespace", "PersistentVolumeClaim")
 """Never deleted because a spec no longer names them: they hold what cannot be made again."""
+READ_LATER: Final = ("ConfigMap", "ResourceClaimTemplate")
+"""Kinds that a pod made later, of a template that runs, asks for by name."""
 _TYPE: Final = {"apiVersion": JOB.api_version, "kind": JOB.name}
 """What items of a list do not say of themselves."""
 
@@ -44,7 +46,7 @@ def prune(
     """Delete what the last revision had and this one has not, unless something that runs still reads it, and Jobs
     that have ended, with their pods. wanted: all objects of this revision; gone: those of the last one alone."""
     doomed = [thing for thing in gone if thing["kind"] not in KEPT_KINDS and not fetches_weights(thing)]
-    if any(thing["kind"] == "ConfigMap" for thing in doomed):
+    if any(thing["kind"] in READ_LATER for thing in doomed):
         try:
             texts = "".join(
                 repr([thing["spec"] for thing in cluster.select(kind, namespace).items]) for kind in (RAY_CLUSTER, POD)
@@ -53,7 +55,7 @@ def prune(
             progress.tell("warning", f"what is left over stays: {error}")
             return
         doomed = [
-            thing for thing in doomed if thing["kind"] != "ConfigMap" or repr(thing["metadata"]["name"]) not in texts
+            thing for thing in doomed if thing["kind"] not in READ_LATER or repr(thing["metadata"]["name"]) not in texts
         ]
     try:
         ended, running = old_jobs(cluster, name, namespace, wanted)
@@ -62,11 +64,24 @@ def prune(
         ended, running = [], []
     for job in running:
         progress.tell("warning", f"{title(job)} still runs and stays; a deployment after its end deletes it")
-    for thing in [*doomed, *ended]:
-        metadata = thing["metadata"]
-        uid = metadata.get("uid", "") if thing in ended else ""
-        try:
-            cluster.delete(kind_of(thing), metadata["name"], metadata.get("namespace", ""), uid=uid)
+    for thing in doomed:
+        _delete(cluster, thing, progress)
+    for job in ended:
+        _delete(cluster, job, progress, uid=job["metadata"].get("uid", ""))
+
+
+def make_way(cluster: Cluster, wanted: Sequence[Object], gone: Sequence[Object], progress: Progress) -> None:
+    """Delete our HorizontalPodAutoscaler before a ScaledObject comes: KEDA refuses what another autoscaler owns."""
+    if any(thing["kind"] == SCALED_OBJECT.name for thing in wanted):
+        for thing in gone:
+            if thing["kind"] == AUTOSCALER.name:
+                _delete(cluster, thing, progress)
+
+
+def _delete(cluster: Cluster, thing: Object, progress: Progress, *, uid: str = "") -> None:
+    metadata = thing["metadata"]
+    try:
+        if cluster.delete(kind_of(thing), metadata["name"], metadata.get("namespace", ""), uid=uid):
             progress.tell("deleted", f"{title(thing)}: the spec no longer has it")
-        except ApiError as error:
-            progress.tell("warning", f"{title(thing)} is left over: {error}")
+    except ApiError as error:
+        progress.tell("warning", f"{title(thing)} is left over: {error}")

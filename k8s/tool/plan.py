@@ -79,9 +79,11 @@ def make_plan(
     Raises ApiError, DeadlineError; what may not be read is UNKNOWN instead.
     """
     ordered = [thing for _, group in waves(things) for thing in group]
-    live = _Live(cluster, spec.namespace, ordered)
-    why_local = _why_not_by_server(cluster, spec, live.has_namespace)
     before = {_key(thing): thing for thing in previous}
+    wanted = {_key(thing) for thing in things}
+    gone = [thing for key, thing in before.items() if key not in wanted and thing["kind"] not in KEPT_KINDS]
+    live = _Live(cluster, spec.namespace, [*ordered, *gone])
+    why_local = _why_not_by_server(cluster, spec, live.has_namespace)
     refusals: list[str] = []
     warnings: list[str] = []
     changes: list[Change] = []
@@ -94,15 +96,7 @@ def make_plan(
             refusals.append(refusal)
         elif change.note:
             warnings.append(f"{change.title}: {change.note}")
-    wanted = {_key(thing) for thing in things}
-    changes += [
-        Change(DELETE, thing)
-        for key, thing in before.items()
-        if key not in wanted
-        and thing["kind"] not in KEPT_KINDS
-        and not fetches_weights(thing)
-        and live.find(thing) is not None
-    ]
+    changes += [Change(DELETE, thing) for thing in gone if not fetches_weights(thing) and live.find(thing) is not None]
     if live.has_namespace is not False:
         try:
             changes += [Change(DELETE, job) for job in old_jobs(cluster, spec.name, spec.namespace, things)[0]]

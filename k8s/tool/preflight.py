@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 
+from k8s.dra import UNCOUNTED
 from k8s.gpu_guard import FAULT, UNVERIFIED
 from k8s.objects import PULL_POLICY, Object, container_security, labels, memory_volume, metadata, pod_security
 from k8s.objects import scratch_volume as scratch
@@ -41,10 +42,12 @@ class Options:
 
 
 def preflight(cluster: Cluster, spec: ServingSpec, options: Options, progress: Progress) -> int:
-    """An exit code: DONE when every node passed. Raises Refused for images that nobody has named, ToolError when nodes
-    may not be read."""
+    """An exit code: DONE when every node passed. Raises Refused for images that nobody has named and where GPUs are
+    claimed, ToolError when nodes may not be read."""
     if why := place_holders(spec):
         raise Refused(why)
+    if spec.has("dra"):
+        raise Refused(f"preflight: it takes all GPUs that a node's allocatable counts, and {UNCOUNTED}")
     try:
         nodes = cluster.select(NODE, labels=f"{spec.cluster.gpu_node_label}=true").items
     except ApiError as error:

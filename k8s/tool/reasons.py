@@ -30,6 +30,12 @@ _SCHEDULING: Final = (
     (r"unschedulable", "nodes are cordoned"),
     (r"unbound immediate PersistentVolumeClaims", "its volume is not there: look at the PersistentVolumeClaim"),
     (r"volume node affinity conflict", "its volume is in another zone than the nodes with room"),
+    (
+        r"cannot allocate all claims",
+        "no node has enough of the devices left that it claims: compare `kubectl get resourceslices` with `kubectl get "
+        "resourceclaims -A`",
+    ),
+    (r"device class (\S+) does not exist", "there is no DeviceClass {0}: cluster.device_class names it"),
     (r"Too many pods", "nodes have as many pods as they may"),
 )
 """What the scheduler says -> what that means."""

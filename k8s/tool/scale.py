@@ -13,7 +13,7 @@ from k8s.tool.cluster import Cluster
 from k8s.tool.deploy import Deployment, Options, check
 from k8s.tool.exits import Refused, ToolError
 from k8s.tool.fleet import read_fleet, scaler_of_gateways
-from k8s.tool.kinds import AUTOSCALER, RAY_SERVICE
+from k8s.tool.kinds import AUTOSCALER, RAY_SERVICE, SCALED_OBJECT
 from k8s.tool.plan import Plan, make_plan
 from k8s.tool.progress import Progress
 from k8s.tool.revisions import Revision, last_good, read_revisions
@@ -59,7 +59,7 @@ def prepare(cluster: Cluster, name: str, namespace: str, wish: Wish) -> Scaling:
         spec = _scale_engine(spec, things, wish)
     if asks_gateways:
         owner = scaler_of_gateways(cluster, fleet)
-        spec = _scale_gateways(spec, things, wish, owner[0] if owner else "")
+        spec = _scale_gateways(spec, things, wish, owner)
     return Scaling(spec, things, make_plan(cluster, spec, things, good.manifest), revisions)
 
 
@@ -99,14 +99,23 @@ def _scale_engine(spec: ServingSpec, things: list[Object], wish: Wish) -> Servin
     return _changed(spec, "engine", low, high)
 
 
-def _scale_gateways(spec: ServingSpec, things: list[Object], wish: Wish, owner: str) -> ServingSpec:
+def _scale_gateways(
+    spec: ServingSpec, things: list[Object], wish: Wish, owner: tuple[str, Object] | None
+) -> ServingSpec:
+    """owner: as `scaler_of_gateways` found it on the cluster."""
     name = f"{spec.name}-gateway"
     deployment = next(t for t in things if t["kind"] == "Deployment" and t["metadata"]["name"] == name)
     autoscaler = next((t for t in things if t["kind"] == AUTOSCALER.name), None)
-    if owner == "KEDA":
-        raise Refused("gateways: a ScaledObject of KEDA decides their number; change its minReplicaCount there")
+    scaled = next((t for t in things if t["kind"] == SCALED_OBJECT.name), None)
+    if scaled is None and owner is not None and owner[0] == "KEDA":
+        raise Refused(
+            f"gateways: the ScaledObject {owner[1]['metadata']['name']} of KEDA, which is not ours, decides their "
+            "number; change its minReplicaCount there"
+        )
+    if scaled is not None:
+        return _scale_with_keda(spec, scaled, wish)
     if wish.gateways is not None:
-        if owner or autoscaler is not None:
+        if owner is not None or autoscaler is not None:
             raise Refused(
                 "--gateways: the HorizontalPodAutoscaler decides the number of gateways; --min-gateways and "
                 "--max-gateways set its bounds"
@@ -119,6 +128,20 @@ def _scale_gateways(spec: ServingSpec, things: list[Object], wish: Wish, owner: 
         autoscaler["spec"]["minReplicas"] = wish.min_gateways
     if wish.max_gateways is not None:
         autoscaler["spec"]["maxReplicas"] = wish.max_gateways
+    return _changed(spec, "gateway", wish.min_gateways, wish.max_gateways)
+
+
+def _scale_with_keda(spec: ServingSpec, scaled: Object, wish: Wish) -> ServingSpec:
+    """Ours, of the component autoscale-keda: its bounds are the spec's."""
+    if wish.gateways is not None:
+        raise Refused(
+            f"--gateways: the ScaledObject {scaled['metadata']['name']} of KEDA decides the number of gateways; "
+            "--min-gateways and --max-gateways set its bounds"
+        )
+    if wish.min_gateways is not None:
+        scaled["spec"]["minReplicaCount"] = wish.min_gateways
+    if wish.max_gateways is not None:
+        scaled["spec"]["maxReplicaCount"] = scaled["spec"]["fallback"]["replicas"] = wish.max_gateways
     return _changed(spec, "gateway", wish.min_gateways, wish.max_gateways)
 
 

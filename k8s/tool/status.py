@@ -161,7 +161,10 @@ def _pod(pod: Object) -> dict[str, Any]:
         "node": pod["spec"].get("nodeName"),
         "ready": reasons.is_ready(pod),
         "restarts": sum(int(status.get("restartCount") or 0) for status in statuses),
-        "gpus": round(sum(amount for name, amount in asked.items() if name.endswith("/gpu"))),
+        # A claim's devices are not in the pod.
+        "gpus": None
+        if pod["spec"].get("resourceClaims")
+        else round(sum(amount for name, amount in asked.items() if name.endswith("/gpu"))),
     }
 
 
@@ -202,11 +205,12 @@ def _row(replica: Replica, pods: dict[str, Object]) -> tuple[str, ...]:
     facts = replica.facts
     known = [pods[name] for name in replica.pods if name in pods]
     used, total = facts.get("blocks_used"), facts.get("blocks_total")
+    gpus = [_pod(pod)["gpus"] for pod in known]
     return (
         replica.id,
         replica.state,
         ", ".join(str(pod["spec"].get("nodeName", "-")) for pod in known) or "-",
-        str(sum(_pod(pod)["gpus"] for pod in known)),
+        _shown(None if None in gpus else sum(gpus)),
         _shown(facts.get("num_running")),
         _shown(facts.get("num_waiting")),
         f"{100 * used / total:.0f} %" if used is not None and total else "-",

@@ -24,8 +24,16 @@ _POLICY_KINDS: Final = (
     "ServiceAccount",
     "NetworkPolicy",
 )
-_CONFIG_KINDS: Final = ("ConfigMap", "Secret", "PersistentVolumeClaim")
-_GATEWAY_KINDS: Final = ("Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget")
+_CONFIG_KINDS: Final = ("ConfigMap", "Secret", "PersistentVolumeClaim", "ResourceClaimTemplate")
+_GATEWAY_KINDS: Final = (
+    "Deployment",
+    "Service",
+    "HorizontalPodAutoscaler",
+    "ScaledObject",
+    "PodDisruptionBudget",
+    "Gateway",
+    "HTTPRoute",
+)
 
 
 def wave_of(thing: Object) -> str:

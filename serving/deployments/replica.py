@@ -114,7 +114,7 @@ class Replica:
         """Nothing to do: whoever calls it waits in its handle's queue until a replica runs (see the directory)."""
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve asks once a second where replicas are autoscaled; `serve_policy` reads it. Numbers at hand only."""
+        """Serve asks four times a second where replicas are autoscaled, for `serve_policy`. Numbers at hand only."""
         if self._hearing is None:
             self._hearing = asyncio.create_task(self._hear_demand())
         now = time.monotonic()

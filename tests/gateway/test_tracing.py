@@ -199,6 +199,7 @@ def test_a_dead_collector_costs_spans_and_nothing_else(
         assert times_of(world, 60) < 0.5
         traces = world.server.tracing
         assert traces is not None
+        assert "argosy_trace_spans_dropped_total 0.0" not in httpx.get(f"{world.url}/metrics").text
         begun = time.monotonic()
     assert time.monotonic() - begun < 4.0, "the end is bounded"
     assert traces.num_dropped >= 60 and traces.num_exported == 0

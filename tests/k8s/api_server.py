@@ -51,7 +51,7 @@ class _Call:
         if kind is None:
             return None
         content = request.headers.get("Content-Type", "")
-        body = yaml.safe_load(request.text) if request.text else None
+        body = yaml.load(request.text, yaml.CSafeLoader) if request.text else None
         return cls(
             request.method.value,
             kind,

@@ -104,3 +104,24 @@ def _rule_failures(schema: dict[str, Any], value: Any, path: str) -> Iterator[st
 def holds(rule: str, value: Any) -> bool:
     """Whether a CEL rule is true of `self`."""
     return bool(_program(rule).eval(data={"self": value}).value())
+
+
+# --- devices ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _devices() -> Any:
+    """CEL with Kubernetes' quantities, here whole numbers."""
+    whole, text = cel.Type.INT, cel.Type.STRING
+    quantity = cel.Overload("quantity_of_text", whole, [text], False, int)
+    compare = cel.Overload("compare_quantities", whole, [whole, whole], True, lambda a, b: (a > b) - (a < b))
+    functions = [cel.FunctionDecl("quantity", [quantity]), cel.FunctionDecl("compareTo", [compare])]
+    return cel.NewEnv(variables={"device": cel.Type.DYN}, functions=functions)
+
+
+def selects_device(expression: str, device: Object) -> bool:
+    """Whether a device selector is true of a device. Raises ValueError for what would end an allocation."""
+    found = _devices().compile(expression).eval(data={"device": device}).value()
+    if not isinstance(found, bool):
+        raise ValueError(f"{expression}: {found}")
+    return found

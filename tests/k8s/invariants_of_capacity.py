@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from k8s.objects import BALLOON, GATEWAY, GPU_HEALTH, HEAD, WORKER
+from k8s.objects import BALLOON, GATEWAY, GPU_HEALTH, HEAD, WORKER, Object
 from tests.k8s.invariants import invariant
 from tests.k8s.manifests import Manifests, Pod, selects
 
@@ -13,11 +14,43 @@ RAY_VERSION = "2.60.0"
 GENERATIONS = {"Deployment": "pod-template-hash", "RayService": "ray.io/cluster"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaler:
+    """A HorizontalPodAutoscaler, or the one that KEDA makes of a ScaledObject."""
+
+    target: Object
+    fewest: int
+    most: int
+    behavior: Object
+
+
+def scalers(m: Manifests) -> list[Scaler]:
+    found = []
+    for thing in m.of_kind("HorizontalPodAutoscaler"):
+        spec = thing["spec"]
+        found.append(Scaler(spec["scaleTargetRef"], spec["minReplicas"], spec["maxReplicas"], spec.get("behavior", {})))
+    for thing in m.of_kind("ScaledObject"):
+        spec = thing["spec"]
+        behavior = spec.get("advanced", {}).get("horizontalPodAutoscalerConfig", {}).get("behavior", {})
+        # Both counts have defaults of KEDA's, 0 and 100.
+        fewest, most = spec.get("minReplicaCount", 0), spec.get("maxReplicaCount", 100)
+        found.append(Scaler(spec["scaleTargetRef"], fewest, most, behavior))
+    return found
+
+
 def gpus_of(m: Manifests, pod: Pod) -> int:
-    return sum(
-        int(container["resources"]["limits"].get(m.spec.cluster.gpu_resource, 0))
-        for container in pod.containers(init=False)
-    )
+    """By its containers' limits, and by the claims that they name."""
+    claims = {claim["name"]: claim["resourceClaimTemplateName"] for claim in pod.spec.get("resourceClaims", [])}
+    resources = [container["resources"] for container in pod.containers(init=False)]
+    named = [claims[claim["name"]] for asked in resources for claim in asked.get("claims", [])]
+    limited = sum(int(asked["limits"].get(m.spec.cluster.gpu_resource, 0)) for asked in resources)
+    return limited + sum(devices_of(m, name) for name in named)
+
+
+def devices_of(m: Manifests, template: str) -> int:
+    """Devices of one claim that is made from a template."""
+    [found] = [thing for thing in m.of_kind("ResourceClaimTemplate") if thing["metadata"]["name"] == template]
+    return sum(request["exactly"]["count"] for request in found["spec"]["spec"]["devices"]["requests"])
 
 
 def max_replicas(m: Manifests) -> int:
@@ -68,11 +101,14 @@ def ranks_find_their_gpus(m: Manifests) -> Iterator[str]:
 def quota_has_room_for_the_most(m: Manifests) -> Iterator[str]:
     hard = m.one("ResourceQuota", "quota")["spec"]["hard"]
     most = {pod.owner: pod.count for pod in m.pods()}
-    for scaler in m.of_kind("HorizontalPodAutoscaler"):
-        most[f"Deployment/{scaler['spec']['scaleTargetRef']['name']}"] = scaler["spec"]["maxReplicas"]
+    for scaler in scalers(m):
+        most[f"Deployment/{scaler.target['name']}"] = scaler.most
     if sum(most.values()) > int(hard["pods"]):
         yield f"{sum(most.values())} pods > quota {hard['pods']}"
     gpus = sum(gpus_of(m, pod) * most[pod.owner] for pod in m.pods())
+    claimed = f"{m.spec.cluster.device_class}.deviceclass.resource.k8s.io/devices"
+    if m.spec.has("dra") and gpus > int(hard.get(claimed, 0)):
+        yield f"{gpus} GPUs > quota {hard.get(claimed, 0)} of claims"
     if gpus > int(hard.get(f"requests.{m.spec.cluster.gpu_resource}", 0)):
         yield f"{gpus} GPUs > quota {hard.get(f'requests.{m.spec.cluster.gpu_resource}', 0)}"
 
@@ -243,11 +279,10 @@ def gateways_are_never_fewer_than_needed(m: Manifests) -> Iterator[str]:
     gateway = m.one("Deployment", "gateway")["spec"]
     if gateway["strategy"].get("rollingUpdate", {}).get("maxUnavailable") != 0:
         yield "a rollout takes gateways away before it brings new ones"
-    scalers = m.of_kind("HorizontalPodAutoscaler")
-    if bool(scalers) == ("replicas" in gateway):
+    if bool(scalers(m)) == ("replicas" in gateway):
         yield "the Deployment and its autoscaler both write replicas, or neither does"
-    for scaler in scalers:
-        if m.spec.is_prod and scaler["spec"]["minReplicas"] < 2:
+    for scaler in scalers(m):
+        if m.spec.is_prod and scaler.fewest < 2:
             yield "one gateway is one node's failure away from none"
-        if scaler["spec"].get("behavior", {}).get("scaleDown", {}).get("stabilizationWindowSeconds", 0) < 300:
+        if scaler.behavior.get("scaleDown", {}).get("stabilizationWindowSeconds", 0) < 300:
             yield "gateways leave at the first quiet moment"

@@ -109,9 +109,9 @@ def expected(m: Manifests) -> Iterator[tuple[Peer, Peer, int, bool]]:
     yield head, API_SERVER, 443, m.ray["enableInTreeAutoscaling"]
     yield worker, API_SERVER, 443, False
     yield gateway, API_SERVER, 443, False
-    fetcher = m.pod(WEIGHTS) if m.spec.has("weights-pvc") else worker
+    fetcher = WEIGHTS if m.spec.has("weights-pvc") else "" if m.spec.has("weights-image") else WORKER
     for pod in m.pods():
-        yield pod, WORLD, 443, pod is fetcher or pod.component == fetcher.component or _asks_api_server(m, pod)
+        yield pod, WORLD, 443, pod.component == fetcher or _asks_api_server(m, pod)
         yield pod, WORLD, 80, False
         yield pod, NODE, 10250, False
         yield pod, "169.254.169.254", 80, False

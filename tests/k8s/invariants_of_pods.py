@@ -9,11 +9,13 @@ from k8s.amounts import MI, num_bytes_of
 from k8s.objects import BALLOON, GATEWAY, GPU_HEALTH, HEAD, WORKER
 from k8s.yaml_text import content_hash
 from tests.k8s.invariants import invariant
+from tests.k8s.invariants_of_capacity import gpus_of
 from tests.k8s.manifests import Manifests
 
 RESTRICTED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "runAsNonRoot": True}
 NCCL_MI = 512
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+VOLUMES |= {"image"}  # since Kubernetes 1.33 (kubernetes #130394)
 """What the `restricted` profile lets a pod mount."""
 
 
@@ -87,14 +89,15 @@ def pods_are_restricted(m: Manifests) -> Iterator[str]:
 )
 def images_are_named_exactly(m: Manifests) -> Iterator[str]:
     for pod in m.pods():
-        for container in pod.containers():
-            image = container["image"]
+        images = {container["name"]: container["image"] for container in pod.containers()}
+        images |= {v["name"]: v["image"]["reference"] for v in pod.spec.get("volumes", []) if "image" in v}
+        for name, image in images.items():
             tag = image.partition("@")[0].rpartition("/")[2].partition(":")[2]
             digest = re.search(r"@sha256:[0-9a-f]{64}$", image)
             if tag == "latest" or not (tag or digest):
-                yield f"{pod.owner}/{container['name']}: {image} may be anything"
+                yield f"{pod.owner}/{name}: {image} may be anything"
             if m.spec.is_prod and not digest:
-                yield f"{pod.owner}/{container['name']}: {image} names no digest"
+                yield f"{pod.owner}/{name}: {image} names no digest"
 
 
 @invariant(
@@ -106,7 +109,7 @@ def shared_memory_is_large_enough(m: Manifests) -> Iterator[str]:
     for pod in m.pods():
         if not pod.owner.startswith("RayService/"):
             continue
-        gpus = int(pod.spec["containers"][0]["resources"]["limits"].get(m.spec.cluster.gpu_resource, 0))
+        gpus = gpus_of(m, pod)
         mounts = {mount["mountPath"]: mount["name"] for mount in pod.spec["containers"][0]["volumeMounts"]}
         [volume] = [v for v in pod.spec["volumes"] if v["name"] == mounts.get("/dev/shm")] or [{"emptyDir": {}}]
         size = num_bytes_of(volume["emptyDir"].get("sizeLimit", "64Mi"))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from k8s.objects import Object
 from k8s.patches import Key, keyed
 from k8s.sizing import Sizing
 from k8s.spec import ServingSpec
+from tests.k8s.optional import OPTIONAL
 
 ROOT = Path(__file__).parent.parent.parent
 CRDS = ROOT.parent / "shared" / "crds"
@@ -30,6 +33,23 @@ def kustomize(folder: Path) -> str:
     ran = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
+
+
+def printed(spec: ServingSpec) -> dict[Key, Object]:
+    """What kustomize prints for the overlay of a spec, rendered beside a copy of the committed base and components."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for part in ("base", "components"):
+            shutil.copytree(render.ROOT / part, root / part)
+        for path, text in render.render_overlay(spec, "overlays/x").items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(text, encoding="utf-8")
+        return keyed(yaml.load_all(kustomize(root / "overlays" / "x"), yaml.CSafeLoader))
+
+
+def spec_named(name: str) -> ServingSpec:
+    """Of an overlay, or of an optional spec."""
+    return OPTIONAL[name]() if name in OPTIONAL else render.overlay_spec(name)
 
 
 @dataclasses.dataclass
@@ -59,7 +79,7 @@ class Pod:
 
 @dataclasses.dataclass
 class Manifests:
-    """The objects of an overlay; tests break copies of it."""
+    """The objects of an overlay, or of an optional spec; tests break copies of it."""
 
     spec: ServingSpec
     objects: dict[Key, Object]
@@ -142,8 +162,10 @@ class Manifests:
 
 @functools.cache
 def _loaded(overlay: str) -> Manifests:
-    objects = keyed(yaml.load_all(kustomize(render.ROOT / "overlays" / overlay), yaml.CSafeLoader))
-    return Manifests(render.overlay_spec(overlay), objects)
+    spec = spec_named(overlay)
+    if overlay in OPTIONAL:
+        return Manifests(spec, printed(spec))
+    return Manifests(spec, keyed(yaml.load_all(kustomize(render.ROOT / "overlays" / overlay), yaml.CSafeLoader)))
 
 
 def manifests(overlay: str) -> Manifests:

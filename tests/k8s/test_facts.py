@@ -203,7 +203,7 @@ def test_variables_of_ray_are_ones_that_it_reads() -> None:
     binary = (folder / "_raylet.so").read_bytes()
     names = {name for pod in manifests("prod-h100-tp8").pods() for c in pod.containers() for name in env(c)}
     ours = {name for name in names if name.startswith("RAY_")}
-    assert "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" in ours and len(ours) == 6
+    assert "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" in ours and len(ours) == 7
     for name in ours:
         assert name in text or name.removeprefix("RAY_").encode() in binary, name
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 
 import tests.k8s.invariants_of_capacity
+import tests.k8s.invariants_of_edge
+import tests.k8s.invariants_of_keda
 import tests.k8s.invariants_of_network
 import tests.k8s.invariants_of_pods
 import tests.k8s.invariants_of_references
 import tests.k8s.invariants_of_time  # noqa: F401  # they register what they hold
 from tests.k8s.invariants import INVARIANTS, Invariant
 from tests.k8s.manifests import OVERLAYS, manifests
+from tests.k8s.optional import OPTIONAL
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [*OVERLAYS, *OPTIONAL])
 def test_everything_holds(overlay: str) -> None:
     found = manifests(overlay)
     complaints = [f"{invariant.name}: {text}" for invariant in INVARIANTS for text in invariant.check(found)]

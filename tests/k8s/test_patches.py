@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from k8s.patches import Change, change, difference, keyed
+from k8s.patches import Change, change, difference, fitting, keyed
 
 NAMES = ("a", "b/c", "d~e", "name", "f.g")
 
@@ -64,3 +64,21 @@ def test_two_objects_of_one_name_are_refused() -> None:
 
 def test_names_with_slashes_and_tildes_are_escaped() -> None:
     assert difference({"a/b~c": 1}, {"a/b~c": 2}) == [{"op": "replace", "path": "/a~1b~0c", "value": 2}]
+
+
+def test_only_what_an_object_has_can_be_replaced_or_removed() -> None:
+    """As kustomize sees it: any other operation of a component would fail on the base."""
+    thing = {"spec": {"a": 1, "list": [{"b": 2}]}}
+    kept = [
+        {"op": "add", "path": "/spec/c", "value": {}},
+        {"op": "replace", "path": "/spec/c", "value": 3},
+        {"op": "remove", "path": "/spec/list/0/b"},
+    ]
+    left_out = [
+        {"op": "replace", "path": "/spec/d", "value": 1},
+        {"op": "remove", "path": "/spec/d"},
+        {"op": "remove", "path": "/spec/list/1"},
+        {"op": "add", "path": "/status/x", "value": 1},
+    ]
+    assert fitting(thing, [*left_out, *kept, *left_out]) == kept
+    assert thing == {"spec": {"a": 1, "list": [{"b": 2}]}}

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from k8s import deployment, render
-from k8s.patches import keyed
 from k8s.spec import COMPONENTS, ServingSpec, spec_from
-from tests.k8s.manifests import OVERLAYS, ROOT, kustomize, manifests
+from tests.k8s.manifests import OVERLAYS, ROOT, manifests, printed, spec_named
+from tests.k8s.optional import OPTIONAL
+
+NEED_GPUS = ("dra", "gpu-health")
 
 
 def test_render_and_commit_are_the_same() -> None:
@@ -24,18 +25,19 @@ def test_render_and_commit_are_the_same() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_kustomize_prints_exactly_the_objects_of_the_spec(overlay: str) -> None:
-    printed = manifests(overlay).objects
+    found = manifests(overlay).objects
     wanted = deployment.objects(render.overlay_spec(overlay))
-    assert printed.keys() == wanted.keys()
-    assert not [key for key in wanted if printed[key] != wanted[key]]
+    assert found.keys() == wanted.keys()
+    assert not [key for key in wanted if found[key] != wanted[key]]
 
 
 def variants() -> dict[str, ServingSpec]:
     """Deployments that nobody committed."""
     large, small = render.overlay_spec("prod-h100-tp8"), render.overlay_spec("dev-cpu")
     replace = dataclasses.replace
-    found = {f"only-{name}": replace(small, components=(name,)) for name in COMPONENTS if name != "gpu-health"}
+    found = {f"only-{name}": replace(small, components=(name,)) for name in COMPONENTS if name not in NEED_GPUS}
     found |= {f"without-{name}": _without(large, name) for name in COMPONENTS}
+    found |= {f"with-{name}": make() for name, make in OPTIONAL.items()}
     found["other-storage"] = replace(
         large, cluster=replace(large.cluster, storage_class="fast", shared_storage_class="nfs", gpu_product="")
     )
@@ -54,20 +56,14 @@ def _without(spec: ServingSpec, name: str) -> ServingSpec:
 
 
 @pytest.mark.parametrize("name", variants())
-def test_any_spec_becomes_an_overlay_that_says_the_same(name: str, tmp_path: Path) -> None:
+def test_any_spec_becomes_an_overlay_that_says_the_same(name: str) -> None:
     spec = variants()[name]
-    for folder in ("base", "components"):
-        shutil.copytree(render.ROOT / folder, tmp_path / folder)
-    for path, text in render.render_overlay(spec, "overlays/x").items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    printed = keyed(yaml.safe_load_all(kustomize(tmp_path / "overlays" / "x")))
-    assert printed == deployment.objects(spec)
+    assert printed(spec) == deployment.objects(spec)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_every_component_is_used_and_changes_something(component: str) -> None:
-    assert any(render.overlay_spec(name).has(component) for name in OVERLAYS)
+    assert any(spec_named(name).has(component) for name in (*OVERLAYS, *OPTIONAL))
     made = render.component_change(component)
     assert made.added or made.patched
     assert (ROOT / "k8s" / "components" / component / "README.md").is_file()

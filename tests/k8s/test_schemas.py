@@ -13,9 +13,10 @@ import yaml
 from k8s.objects import Object
 from tests.k8s import crds
 from tests.k8s.manifests import CRDS, OVERLAYS, ROOT, manifests
+from tests.k8s.optional import OPTIONAL
 
 KUBERNETES = "1.36"  # what the manifests are for
-CUSTOM = ("ray.io/", "monitoring.coreos.com/")
+CUSTOM = ("ray.io/", "monitoring.coreos.com/", "gateway.networking.k8s.io/", "keda.sh/")
 needs_crds = pytest.mark.skipif(not CRDS.is_dir(), reason=f"no schemas of custom resources in {CRDS}")
 
 
@@ -25,8 +26,9 @@ def is_custom(thing: Object) -> bool:
 
 @functools.cache
 def every_object() -> list[Object]:
-    """Of all overlays, each once."""
-    found = {json.dumps(t, sort_keys=True): t for name in OVERLAYS for t in manifests(name).objects.values()}
+    """Of all overlays and optional specs, each once."""
+    things = (thing for name in (*OVERLAYS, *OPTIONAL) for thing in manifests(name).objects.values())
+    found = {json.dumps(thing, sort_keys=True): thing for thing in things}
     return list(found.values())
 
 
@@ -46,7 +48,7 @@ def test_core_objects_fit_their_schemas() -> None:
 
 def test_pods_inside_custom_resources_fit_the_schema_of_pods() -> None:
     """A CRD carries a copy of the pod's schema, of some version; this is the API server's own."""
-    for name in OVERLAYS:
+    for name in (*OVERLAYS, *OPTIONAL):
         for pod in manifests(name).pods():
             thing = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod.spec}
             assert not refusal(thing), pod.owner
@@ -63,7 +65,8 @@ def test_an_unknown_field_and_a_wrong_type_are_refused() -> None:
 @needs_crds
 def test_custom_resources_fit_their_schemas() -> None:
     custom = [thing for thing in every_object() if is_custom(thing)]
-    assert {thing["kind"] for thing in custom} == {"RayService", "ServiceMonitor", "PodMonitor", "PrometheusRule"}
+    kinds = {"RayService", "ServiceMonitor", "PodMonitor", "PrometheusRule", "Gateway", "HTTPRoute", "ScaledObject"}
+    assert {thing["kind"] for thing in custom} == kinds
     assert not [(thing["kind"], text) for thing in custom for text in crds.complaints(thing)]
 
 

@@ -13,6 +13,7 @@ from k8s.sizing import Sizing
 from k8s.spec import ServingSpec, SpecError, read_spec, spec_from
 
 CPU: dict[str, Any] = {"engine": {"kv_cache_bytes": "512MiB"}}
+ROUTED: dict[str, Any] = CPU | {"components": ["gateway-api"]}
 GPU: dict[str, Any] = {"device": "cuda", "gpu_memory_bytes": "80GB"}
 
 
@@ -54,10 +55,24 @@ def refused(document: Any, *words: str) -> None:
         ({"engine": CPU["engine"] | {"max_num_batched_tokens": 8}}, ("max_num_batched_tokens: 8", "max_num_seqs 32")),
         ({"engine": CPU["engine"] | {"max_tokens": 9000}}, ("engine.max_tokens: 9,000", "max_model_len 8,192")),
         (CPU | {"components": ["gpu-health"]}, ("gpu-health", "cuda")),
+        (CPU | {"components": ["dra"]}, ("dra", "cuda")),
+        ({"engine": GPU, "components": ["dra", "balloons"]}, ("dra and balloons exclude each other", "for ever")),
+        ({"engine": GPU, "components": ["dra", "gpu-health"]}, ("dra and gpu-health exclude", "without a claim")),
+        ({"engine": GPU | {"gpus_per_host": 64}, "components": ["dra"]}, ("engine.gpus_per_host: 64", "32")),
+        ({"cluster": {"device_class": "Gpu_X"}}, ("cluster.device_class", "a DeviceClass")),
+        (CPU | {"components": ["weights-pvc", "weights-image"]}, ("weights-image and weights-pvc exclude each other",)),
         ({"engine": GPU | {"tensor_parallel_size": 16}}, ("tensor_parallel_size: 16", "gpus_per_host 8", "one host")),
         ({"engine": GPU | {"tensor_parallel_size": 3}}, ("tensor_parallel_size: 3 does not divide", "8")),
         ({"engine": GPU | {"tensor_parallel_size": 8, "pipeline_parallel_size": 3}, "model": {}}, ()),
         (CPU | {"environment": "prod"}, ("images.gateway", "no digest")),
+        (ROUTED | {"cluster": {"hostname": "LLM.example.com"}}, ("cluster.hostname", "a host name")),
+        (ROUTED | {"cluster": {"gateway_certificate": "tls"}}, ("cluster.gateway_certificate", "gateway_class")),
+        (ROUTED | {"cluster": {"gateway_class": "x", "gateway_listener": "y"}}, ("cluster.gateway_listener",)),
+        (ROUTED | {"cluster": {"gateway_class": "x", "gateway_namespace": "y"}}, ("cluster.gateway_namespace",)),
+        (ROUTED | {"cluster": {"gateway_class": "x"}, "environment": "prod"}, ("gateway_certificate", "plain HTTP")),
+        (CPU | {"cluster": {"prometheus_url": "prometheus:9090"}}, ("cluster.prometheus_url", "a URL")),
+        (CPU | {"cluster": {"prometheus_url": "http://-/"}}, ("cluster.prometheus_url", "a URL")),
+        (ROUTED | {"cluster": {"ingress_namespace": "argosy"}}, ("cluster.ingress_namespace: 'argosy' is our own",)),
         (
             {"engine": CPU["engine"] | {"min_replicas": 0}, "components": ["autoscale-ray"]},
             ("engine.min_replicas: 0", "gcs-rocksdb"),

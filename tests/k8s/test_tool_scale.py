@@ -94,7 +94,25 @@ def test_keda_owns_the_gateways(world: World) -> None:
     world.running.put({"apiVersion": "keda.sh/v1alpha1", "kind": "ScaledObject", "metadata": metadata, **target})
     code, text = world.run("scale", "--gateways", "2")
     assert code == exits.REFUSED
-    assert "KEDA" in text
+    assert "the ScaledObject s of KEDA, which is not ours," in text
+
+
+def test_a_scaled_object_of_ours_owns_the_gateways_and_takes_bounds(world: World) -> None:
+    spec = world.spec_file(gateway={"max_replicas": 3}, components=["autoscale-keda"])
+    assert world.deploy(spec)[0] == exits.DONE
+    before = (world.running.find("Deployment", "argosy-gateway") or {})["spec"]
+    code, text = world.run("scale", "--gateways", "2")
+    assert code == exits.REFUSED
+    assert "--gateways: the ScaledObject argosy-gateway of KEDA decides the number of gateways" in text
+    code, text = world.run("scale", "--min-gateways", "2", "--max-gateways", "5", *QUICK)
+    assert code == exits.DONE, text
+    assert "gateway.min_replicas: 2, gateway.max_replicas: 5" in text
+    scaled = (world.running.find("ScaledObject", "argosy-gateway") or {})["spec"]
+    assert (scaled["minReplicaCount"], scaled["maxReplicaCount"], scaled["fallback"]["replicas"]) == (2, 5, 5)
+    assert (world.running.find("Deployment", "argosy-gateway") or {})["spec"] == before
+    code, text = world.run("scale", "--min-gateways", "9", *QUICK)
+    assert code == exits.ERROR
+    assert "gateway.min_replicas: 9 is above max_replicas 5" in text
 
 
 def test_what_does_not_fit_is_refused(world: World) -> None:

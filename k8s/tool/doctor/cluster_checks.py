@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from k8s.dra import UNCOUNTED
 from k8s.gpu_guard import FAULT, UNVERIFIED
 from k8s.objects import PRIORITIES, Object, priority_class
 from k8s.tool import reasons
 from k8s.tool.capacity import is_ready, tolerates
 from k8s.tool.doctor import facts as of
 from k8s.tool.doctor.facts import Facts
-from k8s.tool.doctor.table import ERROR, WARNING, Table
+from k8s.tool.doctor.table import ERROR, WARNING, NotKnown, Table
 from k8s.tool.quantities import number
 
 TABLE = Table()
 OLDEST = (1, 34)  # trafficDistribution PreferSameZone; the preStop sleep is older
+IMAGE_VOLUMES = (1, 35)  # on by default since; stable in 1.36
 OLDEST_KUBERAY = (1, 5)
 RAY_CRDS = ("rayservices.ray.io", "rayclusters.ray.io")
 MONITORING_CRDS = tuple(
@@ -26,8 +28,9 @@ MONITORING_CRDS = tuple(
 @TABLE.check("api-version", WARNING, "upgrade the cluster; the manifests are written for newer servers", of.VERSION)
 def api_version(facts: Facts) -> Iterator[str]:
     found = _version(facts.version)
-    if found and found < OLDEST:
-        yield f"the API server is {facts.version}, older than {OLDEST[0]}.{OLDEST[1]}"
+    oldest = IMAGE_VOLUMES if facts.spec.has("weights-image") else OLDEST
+    if found and found < oldest:
+        yield f"the API server is {facts.version}, older than {oldest[0]}.{oldest[1]}"
 
 
 @TABLE.check("kubelet-skew", WARNING, "upgrade the nodes: a kubelet may be three minor versions behind", of.NODES)
@@ -37,6 +40,8 @@ def kubelet_skew(facts: Facts) -> Iterator[str]:
         found = _version(node["status"].get("nodeInfo", {}).get("kubeletVersion", ""))
         if server and found and (found > server or found[1] < server[1] - 3):
             yield f"node {_name(node)} runs {found[0]}.{found[1]}, the API server {server[0]}.{server[1]}"
+        elif found and found < IMAGE_VOLUMES and facts.spec.has("weights-image"):
+            yield f"node {_name(node)} runs {found[0]}.{found[1]}, which mounts no image of weights"
 
 
 @TABLE.check("crd-ray", ERROR, "install the CRDs of KubeRay 1.7: helm install kuberay-operator", of.CRDS)
@@ -120,10 +125,20 @@ def gpu_unverified(facts: Facts) -> Iterator[str]:
     "gpu-allocatable", ERROR, "nodes with more GPUs, fewer ranks per host, or the NVIDIA device plugin", of.NODES
 )
 def gpu_allocatable(facts: Facts) -> Iterator[str]:
+    if facts.spec.has("dra"):
+        raise NotKnown(UNCOUNTED)
     wanted, resource = facts.sizing.gpus_per_pod, facts.spec.cluster.gpu_resource
     counts = [number(n["status"].get("allocatable", {}).get(resource, 0)) or 0.0 for n in facts.lists[of.NODES]]
     if wanted and max(counts, default=0.0) < wanted:
         yield f"a pod asks for {wanted} {resource}, and the largest node has {max(counts, default=0.0):g}"
+
+
+def _has_gpus(facts: Facts, node: Object) -> bool:
+    """By what the node can give; where GPUs are claimed, by its label."""
+    cluster = facts.spec.cluster
+    if facts.spec.has("dra"):
+        return bool((node["metadata"].get("labels") or {}).get(cluster.gpu_node_label) == "true")
+    return bool(number(node["status"].get("allocatable", {}).get(cluster.gpu_resource, 0)))
 
 
 @TABLE.check("gpu-labels", ERROR, "run GPU feature discovery, or correct cluster.gpu_product in the spec", of.NODES)
@@ -139,7 +154,7 @@ def gpu_taints(facts: Facts) -> Iterator[str]:
         return
     tolerations = facts.worker_template.get("tolerations") or []
     for node in facts.lists[of.NODES]:
-        if not number(node["status"].get("allocatable", {}).get(facts.spec.cluster.gpu_resource, 0)):
+        if not _has_gpus(facts, node):
             continue
         for taint in (node.get("spec") or {}).get("taints") or []:
             ours = taint["key"] in (FAULT, UNVERIFIED) or taint["key"].startswith("node.kubernetes.io/")
@@ -157,8 +172,7 @@ def gpu_pods_elsewhere(facts: Facts) -> Iterator[str]:
     resource = facts.spec.cluster.gpu_resource
     for node in facts.lists[of.NODES]:
         taints = {taint["key"] for taint in (node.get("spec") or {}).get("taints") or []}
-        has_gpus = number(node["status"].get("allocatable", {}).get(resource, 0))
-        if facts.spec.has_gpus and has_gpus and resource not in taints:
+        if facts.spec.has_gpus and _has_gpus(facts, node) and resource not in taints:
             yield f"node {_name(node)} has GPUs and no taint {resource}: pods without GPUs may fill it"
 
 

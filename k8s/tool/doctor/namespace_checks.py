@@ -101,7 +101,9 @@ def placeholder_images(facts: Facts) -> Iterator[str]:
 @TABLE.check("image-digests", WARNING, "name digests in the spec: a tag may be another image tomorrow", "Pod")
 def image_digests(facts: Facts) -> Iterator[str]:
     if facts.spec.is_prod:
-        images = {c["image"] for pod in facts.fleet.pods() for c in pod["spec"]["containers"]}
+        pods = [pod["spec"] for pod in facts.fleet.pods()]
+        images = {container["image"] for pod in pods for container in pod["containers"]}
+        images |= {v["image"].get("reference", "") for pod in pods for v in pod.get("volumes") or [] if "image" in v}
         yield from (f"{image} runs without a digest" for image in sorted(images) if "@sha256:" not in image)
 
 

@@ -37,6 +37,10 @@ class Result:
     texts: tuple[str, ...] = ()
 
 
+class NotKnown(Exception):
+    """What a check raises when what it read cannot tell. Its text says why."""
+
+
 class Table:
     """Checks in the order in which they were written down."""
 
@@ -64,6 +68,9 @@ def examine(checks: Iterable[Check], facts: Facts) -> Iterator[Result]:
             continue
         try:
             texts = tuple(check.look(facts))
+        except NotKnown as why:
+            yield Result(check, UNKNOWN, (str(why),))
+            continue
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             yield Result(check, UNKNOWN, (f"an object of another shape: {error!r}",))
             continue
