@@ -148,6 +148,8 @@ def test_from_none_to_two_and_back_without_losing_a_request(gateway: httpx.Clien
     clients.stop()
     assert clients.statuses and set(clients.statuses) == {200}
     trickle = Clients(gateway, 1, max_tokens=4)
-    eventually(lambda: num_replicas() == 1, 60.0)
-    trickle.stop()
+    try:  # a slow start, as on a busy machine, makes the policy slower to remove
+        eventually(lambda: num_replicas() == 1, 150.0)
+    finally:
+        trickle.stop()
     assert set(trickle.statuses) == {200}
