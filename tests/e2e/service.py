@@ -192,6 +192,8 @@ def kill_in_the_middle(
     before: dict[str, int] = {}
     while True:
         if streams is None or streams.are_over:  # between two looks, on a busy machine: nothing was struck yet
+            if streams is not None:
+                streams.join()  # a stream that failed by itself is no reason to try again
             service.wait_for_blocks()  # the next beat tells how many steps there were
             before = {replica["id"]: replica.get("step") or 0 for replica in service.replicas()}
             streams = Streams(service, requests)

@@ -24,7 +24,7 @@ from tests.tiny import tiny_model_folder
 ROOT = Path(__file__).parent.parent.parent
 MODEL = "tiny"
 NUM_TOKENS = 24
-MAX_FRACTION = 2.0
+MAX_FRACTION = 1.25
 """Of the hardware's limit as measured when a replica starts: too low where other processes had the cores then."""
 
 
